@@ -1,0 +1,119 @@
+"""The record of a run: what was decided, when, on which scores.
+
+One run is a list of flat JSON records, in memory and, if a path is given, one JSON line each in
+`history.jsonl`. Every record has `event`; steps are optimizer steps counted from 0. Events:
+
+`start`       version, versions{}, machine{}, config{}, model, total_steps, warmup_steps, decrease_end,
+              initial_budget, target_budget, modules[{name, kind, d_out, d_in, rank, parameters_per_triplet}]
+`step`        step, phase, budget, live; loss, learning_rate, seconds where known
+`handover`    step, ranks[]                      (re-parametrised at the end of warm-up)
+`allocation`  step, phase, budget, live, threshold, pruned, revived, ranks[], scores{min, q05, q25, q50, q75,
+              q95, max, histogram[32], edges_log10[33], below_threshold}, module_scores[], orthogonality,
+              skipped_steps
+`compaction`  step, ranks[], parameters_before, parameters_after, bytes_before, bytes_after
+`metric`      step, split, values{}
+`diagnostic`  step, code, message, cure
+`finish`      step, ranks[], singular_values[][], orthogonality, seconds, allocations
+
+`ranks`, `module_scores` and `singular_values` are in the order of `start.modules`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON does not have, by null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+class History:
+    """Append-only list of records, mirrored to a JSON-lines file when a path is set.
+
+    Args:
+        path: File to append to; its folder is made. None keeps the records in memory only.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self.records: list[Record] = []
+        self.path: Path | None = None
+        self._started = time.monotonic()
+        if path is not None:
+            self.write_to(path)
+
+    def write_to(self, path: str | os.PathLike[str]) -> None:
+        """Mirror to `path` from now on; records already held are written first."""
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in self.records)
+
+    def add(self, event: str, **fields: Any) -> Record:
+        """Append one record and return it. `seconds` since the start is added where it is not given."""
+        record = _finite({"event": event, **fields})
+        record.setdefault("seconds", round(self.seconds, 3))
+        self.records.append(record)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        return record
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds since this history was made."""
+        return time.monotonic() - self._started
+
+    def of(self, event: str) -> list[Record]:
+        """All records of one event, oldest first."""
+        return [r for r in self.records if r["event"] == event]
+
+    def last(self, event: str) -> Record | None:
+        """The newest record of one event, or None."""
+        return next((r for r in reversed(self.records) if r["event"] == event), None)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> History:
+        """Read a `history.jsonl`, or the one in a run's folder.
+
+        A last line cut off by a killed process is dropped; any other malformed line is an error.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: A line is not JSON; the message names file and line.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / "history.jsonl"
+        history = cls()
+        lines = file.read_text(encoding="utf-8").split("\n")
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                history.records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if number == len(lines):  # no newline after it: the writer was killed in the middle
+                    break
+                raise ValueError(f"{file}:{number}: not a JSON record ({error.msg})") from error
+        return history
