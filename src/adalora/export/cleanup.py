@@ -19,7 +19,7 @@ NOISE = 1e-9
 def clean_factor(factor: Factor) -> Factor:
     """Orthonormal P and Q, λ in falling order, and only triplets that are not rounding noise."""
     U, S, Vh = factor.svd()
-    live = S > NOISE * S.max() if S.numel() else S.bool()
+    live = torch.gt(S, S[:1] * NOISE)  # [k]; S falls, so S[:1] is the largest or empty
     return replace(factor, left=U[:, live].contiguous(), values=S[live], right=Vh[live].contiguous())
 
 
@@ -74,7 +74,7 @@ def energies(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def keep_by_energy(adapter: Adapter, share: float) -> dict[str, list[int]]:
-    """The triplets that keep `share` of all energy with the fewest parameters: best energy per parameter first.
+    """The triplets that keep `share` of all energy: best energy per parameter first.
 
     Args:
         adapter: A cleaned adapter.
