@@ -65,7 +65,7 @@ class History:
 
     def add(self, event: str, **fields: Any) -> Record:
         """Append one record and return it. `seconds` since the start is added where it is not given."""
-        record = _finite({"event": event, **fields})
+        record: Record = _finite({"event": event, **fields})
         record.setdefault("seconds", round(self.seconds, 3))
         self.records.append(record)
         if self.path is not None:
