@@ -36,5 +36,9 @@ class DataError(AdaLoraError, ValueError):
     """A data set cannot be found or does not have the columns that were named."""
 
 
+class HistoryError(AdaLoraError, ValueError):
+    """A run's history is missing, malformed, or does not hold what is asked of it."""
+
+
 class AdaLoraWarning(UserWarning):
     """Something is not as the user would expect; the message carries its cure."""
