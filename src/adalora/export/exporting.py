@@ -130,20 +130,48 @@ def export_adapter(
     Raises:
         AdapterFileError: Wrong input, unknown format, missing base, or `out` exists; nothing is written then.
     """
-    target = Path(out)
-    if format not in FORMATS:
-        raise AdapterFileError(f"unknown format {format!r}; allowed are {', '.join(FORMATS)}")
-    check_output(target, overwrite=overwrite)
+    check_request(out, format=format, overwrite=overwrite)
     adapter = load_source(source, alpha=alpha)
     as_dtype(dtype, adapter.dtype)
     if not reorthonormalise and energy is None and budget is None and format != "peft-adalora":
         cut = _without_clean(adapter)
     else:
         cut = truncate(adapter, energy=energy, budget=budget)
+    return write_export(
+        cut, adapter, out, format=format, base=base, dtype=dtype, rank_multiple=rank_multiple,
+        scores=scores, mlx=mlx, overwrite=overwrite,
+    )  # fmt: skip
+
+
+def check_request(out: str | os.PathLike[str], *, format: str, overwrite: bool) -> None:
+    """Refuse an unknown format or an output that is there, before anything is read or computed.
+
+    Raises:
+        AdapterFileError: One of the two.
+    """
+    if format not in FORMATS:
+        raise AdapterFileError(f"unknown format {format!r}; allowed are {', '.join(FORMATS)}")
+    check_output(Path(out), overwrite=overwrite)
+
+
+def write_export(
+    cut: Truncation,
+    source: Adapter,
+    out: str | os.PathLike[str],
+    *,
+    format: str,
+    base: str | None = None,
+    dtype: str | None = None,
+    rank_multiple: int | None = None,
+    scores: Mapping[str, float] | None = None,
+    mlx: bool = True,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write a cut adapter; the error is measured against its source. See `export_adapter`."""
+    target, chosen = Path(out), as_dtype(dtype, source.dtype)
     if format == "merged":
         return _export_merged(cut, target, base=base, dtype=dtype, scores=scores, overwrite=overwrite)
-    tree = find_base(adapter, base)
-    chosen = as_dtype(dtype, adapter.dtype)
+    tree = find_base(source, base)
     notes: tuple[str, ...] = ()
     with new_folder(target, overwrite=overwrite) as work:
         if format == "mlx":
@@ -155,7 +183,7 @@ def export_adapter(
             save_file(layout.tensors, str(work / WEIGHTS_NAME), metadata={"format": "pt"})
             written = read_adapter(work)
             notes = layout.notes + _extra_files(work, cut.adapter, tree, format=format, dtype=chosen, mlx=mlx)
-        error, errors = compare(adapter, written)
+        error, errors = compare(source, written)
         stored = sum(f.parameters for f in written.factors.values())
         card = render_card(
             cut.adapter, format=format, name=target.name, stored=stored, error=error,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,25 @@ from adalora.export.base import load_config, model_classes
 from adalora.export.reading import PREFIX
 
 _log = logging.getLogger(__name__)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings, progress bars and reports of transformers while it works for us; restored after."""
+    from transformers.utils import logging as transformers_logging
+
+    control: Any = transformers_logging
+    level, bars = control.get_verbosity(), control.is_progress_bar_enabled()
+    control.set_verbosity_error()
+    control.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        control.set_verbosity(level)
+        if bars:
+            control.enable_progress_bar()
 
 
 def load_model(model: str, adapter: Adapter, *, dtype: torch.dtype | None = None) -> Any:
@@ -30,7 +52,8 @@ def load_model(model: str, adapter: Adapter, *, dtype: torch.dtype | None = None
     config = load_config(model)
     for cls in model_classes(config, adapter):
         try:
-            loaded = cls.from_pretrained(model, dtype=dtype or "auto", trust_remote_code=False)  # type: ignore[attr-defined]
+            with quiet():
+                loaded = cls.from_pretrained(model, dtype=dtype or "auto", trust_remote_code=False)  # type: ignore[attr-defined]
         except (OSError, ValueError) as error:
             _log.debug("%s does not load %s: %s", cls.__name__, model, error)
             continue
@@ -117,7 +140,8 @@ def write_merged(folder: Path, model: str, adapter: Adapter, *, dtype: torch.dty
     from transformers import AutoTokenizer
 
     merged = merge(load_model(model, adapter, dtype=dtype), adapter)
-    merged.save_pretrained(folder)
+    with quiet():
+        merged.save_pretrained(folder)
     try:
         AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
