@@ -9,8 +9,11 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
+from adalora.errors import HistoryError
+from adalora.report.agreement import rank_agreement
 from adalora.report.charts import compared_charts, run_charts, time_chart
-from adalora.report.frames import metrics_frame, steps_frame
+from adalora.report.diagnostics import diagnose_seeds, findings_of
+from adalora.report.frames import metrics_frame, modules_frame, steps_frame
 from adalora.report.history import History
 from adalora.report.runs import NamedRun
 from adalora.report.summary import summarize
@@ -20,15 +23,13 @@ from adalora.report.tables import heatmap, modules_table, settings, small_csv_fr
 def run_context(run: NamedRun, *, key: str) -> dict[str, Any]:
     """Everything the template shows of one run; `key` keeps its element ids apart from other runs'."""
     history = run.history
-    modules = modules_table(history)
+    modules, findings = modules_table(history), findings_of(history)
     heat = heatmap(history, modules)
     return {
         "key": key,
         "name": run.name,
-        "summary": summarize(history),
-        "findings": [
-            {"step": None, "cause": "", "cure": "", **record} for record in history.of("diagnostic")
-        ],
+        "summary": summarize(history, findings),
+        "findings": findings,
         "facts": facts(history, modules),
         "heatmap": {**heat, "frames": Markup(heat["frames"])},
         "time_chart": time_chart(history, key),
@@ -49,7 +50,30 @@ def compared_context(runs: list[NamedRun], contexts: list[dict[str, Any]]) -> di
         rows.append(
             {"name": context["name"], "key": context["key"], "values": [values.get(c) for c in columns]}
         )
-    return {"charts": compared_charts(runs), "columns": columns, "rows": rows}
+    return {"charts": compared_charts(runs), "columns": columns, "rows": rows, "agreement": _agreement(runs)}
+
+
+def _agreement(runs: list[NamedRun]) -> dict[str, Any] | None:
+    """Do the runs put the rank in the same places? None where they adapt different modules."""
+    histories = [run.history for run in runs]
+    try:
+        agreement = rank_agreement(histories, [run.name for run in runs])
+    except HistoryError:
+        return None
+    apart = agreement.ranks.max(axis=1) - agreement.ranks.min(axis=1)
+    labels = modules_frame(histories[0]).set_index("module")
+    return {
+        "values": agreement,
+        "findings": diagnose_seeds(histories),
+        "apart": [
+            {
+                "row": labels["row"][name],
+                "type": labels["type"][name],
+                "ranks": agreement.ranks.loc[name].tolist(),
+            }
+            for name in apart.sort_values(ascending=False, kind="stable").index[:8]
+        ],
+    }
 
 
 def facts(history: History, modules: pd.DataFrame) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from adalora.report.frames import metrics_frame, modules_frame, start_of, steps_frame
-from adalora.report.history import History
+from adalora.report.history import History, Record
 from adalora.report.modules import family
 
 # Called even when fewer of the final triplets than this share sit elsewhere than an even split puts them.
@@ -27,11 +27,12 @@ class Block:
     triplets: float
 
 
-def summarize(history: History) -> list[str]:
+def summarize(history: History, findings: Sequence[Record] | None = None) -> list[str]:
     """Sentences about one run: size, where the rank went, loss, metrics, parameters, findings.
 
     Args:
         history: A run, finished or not.
+        findings: What the diagnostics say; the history's `diagnostic` records if None.
 
     Returns:
         Sentences, most important first.
@@ -42,7 +43,7 @@ def summarize(history: History) -> list[str]:
         _parameters(history, modules),
         _loss(history),
         _metrics(history),
-        _findings(history),
+        _findings(history.of("diagnostic") if findings is None else findings),
         _state(history),
     ]
     return [s for s in sentences if s]
@@ -191,8 +192,8 @@ def _metrics(history: History) -> str:
     return f"Newest metrics: {'; '.join(parts[:4])}." if parts else ""
 
 
-def _findings(history: History) -> str:
-    codes = list(dict.fromkeys(r["code"] for r in history.of("diagnostic")))
+def _findings(findings: Sequence[Record]) -> str:
+    codes = list(dict.fromkeys(r["code"] for r in findings))
     if not codes:
         return ""
     return (
