@@ -145,8 +145,20 @@ def _site(module: torch.nn.Module) -> Site | None:
     return None
 
 
-def load_config(model: str) -> Any:
+def _labels(adapter: Adapter) -> int | None:
+    """Number of classes of a trained head, from the shape of its last matrix."""
+    if adapter.config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+        return None
+    heads = [t for k, t in adapter.extras.items() if k.endswith(".weight") and t.dim() == 2]
+    return int(heads[-1].shape[0]) if heads else None
+
+
+def load_config(model: str, adapter: Adapter | None = None) -> Any:
     """The transformers config of a folder or hub name; code from the hub is never run.
+
+    Args:
+        model: Folder or hub name.
+        adapter: Its trained head decides the number of labels.
 
     Raises:
         AdapterFileError: There is none, or it cannot be reached.
@@ -154,10 +166,14 @@ def load_config(model: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:160]
         raise AdapterFileError(f"base model {model!r} cannot be read: {reason}") from error
+    labels = _labels(adapter) if adapter is not None else None
+    if labels is not None:
+        config.num_labels = labels
+    return config
 
 
 def model_classes(config: Any, adapter: Adapter) -> list[type]:
@@ -182,7 +198,7 @@ def model_classes(config: Any, adapter: Adapter) -> list[type]:
 
 def empty_model(model: str, adapter: Adapter) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The base model on the meta device, of the class that has the adapter's modules, and its config."""
-    config = load_config(model)
+    config = load_config(model, adapter)
     fallback: torch.nn.Module | None = None
     for cls in model_classes(config, adapter):
         try:

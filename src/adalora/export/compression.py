@@ -56,9 +56,11 @@ class _Triplets(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         left, right, out = self.left, self.right, self.inner(x)
         if self.kind == "embedding":
-            return out + (nn.functional.embedding(x, right.T) * self.values @ left.T).to(out.dtype)
-        hidden = x.to(right.dtype) @ right.T
-        return out + (hidden * self.values @ left.T).to(out.dtype)
+            change: Tensor = nn.functional.embedding(x, right.T) * self.values @ left.T
+        else:
+            change = x.to(right.dtype) @ right.T * self.values @ left.T
+        total: Tensor = out + change.to(out.dtype)
+        return total
 
 
 def sensitivities(
@@ -122,7 +124,8 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def with_extras(model: nn.Module, adapter: Adapter) -> nn.Module:
     """Load an adapter's trained head into the base model; its LoRA matrices stay out."""
-    return merge(model, adapter.replace({}))
+    loaded: nn.Module = merge(model, adapter.replace({}))
+    return loaded
 
 
 def compress_adapter(

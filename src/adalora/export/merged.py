@@ -49,11 +49,14 @@ def load_model(model: str, adapter: Adapter, *, dtype: torch.dtype | None = None
     Raises:
         AdapterFileError: No such model, or no class of it has the adapter's modules.
     """
-    config = load_config(model)
+    config = load_config(model, adapter)
     for cls in model_classes(config, adapter):
         try:
             with quiet():
-                loaded = cls.from_pretrained(model, dtype=dtype or "auto", trust_remote_code=False)  # type: ignore[attr-defined]
+                made: Any = cls
+                loaded = made.from_pretrained(
+                    model, config=config, dtype=dtype or "auto", trust_remote_code=False
+                )
         except (OSError, ValueError) as error:
             _log.debug("%s does not load %s: %s", cls.__name__, model, error)
             continue
