@@ -62,3 +62,15 @@ def test_no_history(call, tmp_path):
     code, _, err = call("report", tmp_path)
     assert code == 2
     assert err.startswith("error: no history at ")
+
+
+def test_watch_once(call, runs):
+    code, out, _ = call("watch", runs / "seed0", "--once")
+    assert code == 0
+    assert out.startswith("step 100/100 | finished | budget 96 | live 96 | loss ")
+
+
+def test_watch_once_without_a_run(call, tmp_path):
+    code, _, err = call("watch", tmp_path, "--once")
+    assert code == 2
+    assert err.startswith("error: no run at ")

@@ -55,6 +55,21 @@ def load_runs(runs: Source | Iterable[Source], *, names: Sequence[str] | None = 
     return named
 
 
+def folder_of(sources: Sequence[Source]) -> Path:
+    """Folder of the first run's history.
+
+    Raises:
+        HistoryError: There is no run, or the first one is in memory only.
+    """
+    if not sources:
+        raise HistoryError("no run given: name at least one run folder or history.jsonl")
+    first = sources[0]
+    path = first.path if isinstance(first, History) else Path(first)
+    if path is None:
+        raise HistoryError('this history is in memory only: say where to write, e.g. out="report.html"')
+    return path.parent if path.suffix == ".jsonl" else path
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file in one go, so that no reader sees half of it; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
