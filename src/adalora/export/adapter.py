@@ -61,6 +61,11 @@ class Factor:
         return self.rank * (self.d_out + self.d_in)
 
     @property
+    def noun(self) -> str:
+        """The kind in words."""
+        return {"linear": "a linear module", "embedding": "an embedding", "conv": "a convolution"}[self.kind]
+
+    @property
     def leaf(self) -> str:
         """Last part of the name, such as `q_proj`."""
         return self.name.rsplit(".", 1)[-1]

@@ -18,6 +18,8 @@ import torch
 from adalora.errors import AdapterFileError
 from adalora.export.adapter import Adapter, Kind
 
+# Names of lists whose layers are all built alike. In a U-Net's down_blocks, for one, they are not.
+_STACKS = ("layers", "layer", "h", "block", "blocks")
 _LAYER = re.compile(r"(?P<prefix>.*?)\.(?P<layer>\d+)\.(?P<suffix>.+)")
 
 
@@ -71,24 +73,22 @@ def guess_base(adapter: Adapter) -> Base:
     """
     names = list(adapter.factors) + _excluded(adapter)
     layers: dict[str, int] = {}
-    shapes: dict[tuple[str, str], Site] = {}
-    single: dict[str, Site] = {}
+    shapes: dict[tuple[str, str], set[Site]] = {}
+    own = {name: Site(f.kind, f.d_out, f.d_in) for name, f in adapter.factors.items()}
     for name in names:
-        f, place = adapter.factors.get(name), split_layer(name)
-        if place:
+        place = split_layer(name)
+        if place and place[0].rsplit(".", 1)[-1] in _STACKS:
             layers[place[0]] = max(layers.get(place[0], 0), place[1] + 1)
-        if f is not None and place:
-            shapes.setdefault((place[0], place[2]), Site(f.kind, f.d_out, f.d_in))
-        elif f is not None:
-            single[name] = Site(f.kind, f.d_out, f.d_in)
+            if name in own:
+                shapes.setdefault((place[0], place[2]), set()).add(own[name])
     grid = {
-        f"{prefix}.{i}.{suffix}": site
+        f"{prefix}.{i}.{suffix}": next(iter(found))
         for prefix, count in layers.items()
         for i in range(count)
-        for (owner, suffix), site in shapes.items()
-        if owner == prefix
+        for (owner, suffix), found in shapes.items()
+        if owner == prefix and len(found) == 1
     }
-    return Base({**single, **grid}, False, {}, max(layers.values(), default=0))
+    return Base({**grid, **own}, False, {}, max(layers.values(), default=0))
 
 
 def _excluded(adapter: Adapter) -> list[str]:

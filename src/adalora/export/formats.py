@@ -209,7 +209,7 @@ def peft_adalora(
     live = {name: f for name, f in adapter.factors.items() if f.rank}
     other = next((f for f in live.values() if f.kind != "linear"), None)
     if other is not None or not live:
-        what = f"{other.name} is an {other.kind} module" if other else "every module has rank 0"
+        what = f"{other.name} is {other.noun}" if other else "every module has rank 0"
         raise AdapterFileError(f"{what}; PEFT's AdaLoRA has linear modules of rank 1 and more only")
     largest = max(f.rank for f in live.values())
     tensors: dict[str, Tensor] = {}

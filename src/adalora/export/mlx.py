@@ -21,7 +21,7 @@ def mlx_refusal(adapter: Adapter) -> str | None:
     """Why MLX-LM cannot have this adapter, or None."""
     other = next((f for f in adapter.factors.values() if f.kind != "linear" and f.rank), None)
     if other is not None:
-        return f"{other.name} is an {other.kind} module; MLX-LM's format takes linear modules"
+        return f"{other.name} is {other.noun}; MLX-LM's format takes linear modules"
     if adapter.extras:
         return f"{next(iter(adapter.extras))} is no LoRA matrix; MLX-LM loads lora_a and lora_b only"
     prefixes = {place[0] for f in adapter.factors.values() if (place := split_layer(f.name)) and f.rank}

@@ -152,4 +152,4 @@ def _same_place(state_key: str, key: str) -> bool:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return " ".join(str(error).split())[:200] or type(error).__name__
