@@ -98,7 +98,6 @@ class Run:
         self.orthogonality, self.update_ratio, self.metrics = orthogonality, update_ratio, metrics
         self.model, self.finish = model, finish
         self.mask = np.ones((self.count, rank), bool)
-        self.returned = np.zeros((self.count, rank), bool)
         self.allocations = 0
         self.write()
 
@@ -129,8 +128,6 @@ class Run:
         mask[order[:budget]] = True
         mask = mask.reshape(scores.shape)
         revived, pruned = mask & ~self.mask, self.mask & ~mask
-        again = int((revived & self.returned).sum())
-        self.returned |= revived
         self.mask, self.allocations = mask, self.allocations + 1
         positive = flat[flat > 0]
         edges = np.linspace(np.log10(positive.min()), np.log10(positive.max()), 33)
@@ -146,7 +143,6 @@ class Run:
             threshold=threshold,
             pruned=int(pruned.sum()),
             revived=int(revived.sum()),
-            revived_again=again,
             ranks=self.ranks(),
             scores={
                 **dict(zip(("min", "q05", "q25", "q50", "q75", "q95", "max"), quantiles.tolist())),

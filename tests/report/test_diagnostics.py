@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 from synthetic import BERT, importance_of, run
 
-from adalora.errors import ConfigError, HistoryError
+from adalora.errors import AdaLoraWarning, ConfigError, HistoryError
 from adalora.report.agreement import rank_agreement
 from adalora.report.diagnostics import (
     EXPLANATIONS,
     Diagnostics,
     diagnose,
+    diagnose_live,
     diagnose_seeds,
     findings_of,
 )
+from adalora.report.history import History
 from adalora.report.thresholds import CODES, DiagnosticThresholds
 
 
@@ -26,6 +28,11 @@ def one_takes_all():
     importance = np.full(36, 1e-3)
     importance[7] = 1e3
     return importance
+
+
+def replay(finished, history):
+    for record in finished:
+        history.add(**record)
 
 
 PROVOKED = {
@@ -135,6 +142,28 @@ def test_without_loss_or_allocations():
     assert codes(history) == []
 
 
+def test_live_findings_are_recorded_and_warned_of(tmp_path):
+    finished, history = run(final=0.04, update_ratio=1e-6), History(tmp_path / "history.jsonl")
+    diagnose_live(history)
+    with pytest.warns(AdaLoraWarning) as warned:
+        replay(finished, history)
+    found = diagnose(finished)
+    assert [f["code"] for f in found] == ["final-phase-too-short", "slow-start"]
+    assert [str(w.message) for w in warned] == [
+        f"{f['code']}: {f['message']}. {f['cause']} {f['cure']}" for f in found
+    ]
+    recorded = History.read(tmp_path).of("diagnostic")
+    assert [{k: r[k] for k in found[0]} for r in recorded] == found
+    assert findings_of(history) == recorded
+
+
+def test_live_findings_are_not_repeated_after_a_resume():
+    history = run(final=0.04, stop_at=10)
+    diagnose_live(history)
+    history.add("step", step=11, phase="warmup", budget=432, live=432, loss=1.0)
+    assert history.of("diagnostic") == []
+
+
 def test_recorded_findings_are_not_doubled():
     history = run(final=0.04)
     recorded = diagnose(history)[0]
@@ -159,6 +188,15 @@ def test_seeds_that_disagree():
     assert [f["code"] for f in found] == ["ranks-differ-between-seeds"]
     assert diagnose_seeds(histories, DiagnosticThresholds(seed_correlation=-1)) == []
     assert diagnose_seeds(histories, DiagnosticThresholds(ignore=("ranks-differ-between-seeds",))) == []
+
+
+def test_nearly_even_ranks_agree_whatever_their_order():
+    histories = [run(layers=1, stop_at=0) for _ in range(2)]
+    histories[0].add("finish", step=20, ranks=[8, 9, 8, 8, 9, 8])
+    histories[1].add("finish", step=20, ranks=[9, 8, 8, 9, 8, 8])
+    assert rank_agreement(histories).correlation < 0
+    assert diagnose_seeds(histories) == []
+    assert len(diagnose_seeds(histories, DiagnosticThresholds(seed_shared=1.0))) == 1
 
 
 def test_agreement_by_hand():

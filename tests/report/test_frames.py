@@ -46,7 +46,7 @@ def test_allocations(history):
     frame = allocations_frame(history)
     assert frame["threshold"].tolist() == [r["threshold"] for r in history.of("allocation")]
     assert frame["score_q50"].tolist() == [r["scores"]["q50"] for r in history.of("allocation")]
-    assert frame["revived_again"].tolist() == [r["revived_again"] for r in history.of("allocation")]
+    assert frame["update_ratio"].tolist() == [r["update_ratio"] for r in history.of("allocation")]
 
 
 def test_ranks_start_at_the_initial_rank_and_end_at_the_last_record(history):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from adalora.errors import AdaLoraWarning
 from adalora.report.agreement import rank_agreement
 from adalora.report.explanations import EXPLANATIONS
 from adalora.report.history import History, Record
@@ -208,6 +210,25 @@ class Diagnostics:
             )
 
 
+def diagnose_live(history: History, thresholds: DiagnosticThresholds | None = None) -> Diagnostics:
+    """Watch a history while it is written: every finding becomes a `diagnostic` record and a warning.
+
+    Records that it holds already are read first, without warnings: a resumed run does not repeat itself.
+    """
+    diagnostics = Diagnostics(thresholds)
+    for record in history:
+        diagnostics.update(record)
+
+    def listen(record: Record) -> None:
+        for finding in diagnostics.update(record):
+            history.add("diagnostic", **finding)
+            text = f"{finding['code']}: {finding['message']}. {finding['cause']} {finding['cure']}"
+            warnings.warn(text, AdaLoraWarning, stacklevel=3)
+
+    history.listeners.append(listen)
+    return diagnostics
+
+
 def diagnose(history: History, thresholds: DiagnosticThresholds | None = None) -> list[Finding]:
     """All findings over a history, finished or not, oldest first."""
     diagnostics = Diagnostics(thresholds)
@@ -236,6 +257,8 @@ def diagnose_seeds(
     code = "ranks-differ-between-seeds"
     value = agreement.correlation
     if code in limits.ignore or value is None or value >= limits.seed_correlation:
+        return []
+    if agreement.shared >= limits.seed_shared:
         return []
     message = (
         f"the final ranks of {len(histories)} runs have a Spearman correlation of {value:.2f} "

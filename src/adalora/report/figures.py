@@ -56,7 +56,7 @@ def plot_loss(history: History, *, ax: Axes | None = None) -> Figure:
     smooth = loss.ewm(span=max(2, len(loss) // 50)).mean()
     ax.plot(*_xy(thin(loss)), color=SERIES[5], lw=0.8, alpha=0.8, label="each step")
     ax.plot(*_xy(thin(smooth)), color=SERIES[0], label="smoothed")
-    usual = loss.quantile(0.99) if len(loss) else 0.0
+    usual = float(loss.quantile(0.99)) if len(loss) else 0.0
     if len(loss) and loss.max() > 3 * usual > 0:  # a spike should not flatten all the rest
         ax.set_ylim(bottom=min(0.0, loss.min()), top=1.3 * usual)
     ax.set_ylabel("loss")

@@ -6,13 +6,13 @@ One run is a list of flat JSON records, in memory and, if a path is given, one J
 `start`       version, versions{}, machine{}, config{}, model, total_steps, warmup_steps, decrease_end,
               initial_budget, target_budget, modules[{name, kind, d_out, d_in, rank, parameters_per_triplet}]
 `step`        step, phase, budget, live; loss, learning_rate, seconds where known
-`handover`    step, ranks[]                      (re-parametrised at the end of warm-up)
+`handover`    step, ranks[], update_ratio        (re-parametrised at the end of warm-up)
 `allocation`  step, phase, budget, live, threshold, pruned, revived, ranks[], scores{min, q05, q25, q50, q75,
               q95, max, histogram[32], edges_log10[33], below_threshold}, module_scores[], orthogonality,
-              skipped_steps
+              skipped_steps, update_ratio (‖ΔW‖ / ‖W‖ of the median module; where known)
 `compaction`  step, ranks[], parameters_before, parameters_after, bytes_before, bytes_after
 `metric`      step, split, values{}
-`diagnostic`  step, code, message, cure
+`diagnostic`  step, code, message, cause, cure
 `finish`      step, ranks[], singular_values[][], orthogonality, seconds, allocations
 
 `ranks`, `module_scores` and `singular_values` are in the order of `start.modules`.
@@ -24,7 +24,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,14 @@ class History:
 
     Args:
         path: File to append to; its folder is made. None keeps the records in memory only.
+
+    Attributes:
+        listeners: Called with every new record, after it was written.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.records: list[Record] = []
+        self.listeners: list[Callable[[Record], None]] = []
         self.path: Path | None = None
         self._started = time.monotonic()
         if path is not None:
@@ -71,6 +75,8 @@ class History:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+        for listener in self.listeners:
+            listener(record)
         return record
 
     @property

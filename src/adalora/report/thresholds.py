@@ -38,7 +38,8 @@ class DiagnosticThresholds(BaseModel):
         orthogonality: Root mean square cosine between different left (or right) vectors of a module.
         update_ratio: ‖ΔW‖ / ‖W‖ of the median module at the end of warm-up.
         final_share: Length of the final phase as a share of the run.
-        seed_correlation: Spearman correlation of the final ranks, mean over pairs of runs.
+        seed_correlation: Spearman correlation of the final ranks, mean over pairs of runs ...
+        seed_shared: ... unless this share of the triplets sits in the same modules anyway (even ranks).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,10 +55,11 @@ class DiagnosticThresholds(BaseModel):
     largest_ratio: float = Field(default=3.0, ge=1)
     zero_share: float = Field(default=0.5, gt=0, le=1)
     min_modules: int = Field(default=4, ge=2)
-    orthogonality: float = Field(default=0.25, gt=0, le=1)
+    orthogonality: float = Field(default=0.4, gt=0, le=1)
     update_ratio: float = Field(default=1e-4, ge=0)
     final_share: float = Field(default=0.1, ge=0, lt=1)
     seed_correlation: float = Field(default=0.5, ge=-1, le=1)
+    seed_shared: float = Field(default=0.9, gt=0, le=1)
 
     def __init__(self, **fields: Any) -> None:
         try:

@@ -1,0 +1,31 @@
+"""How far an adapter has moved its model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from adalora.lora.triplets import TripletHandle
+
+
+@torch.no_grad()
+def update_ratio(handles: Sequence[TripletHandle]) -> float | None:
+    """‖ΔW‖_F / ‖W‖_F of the median layer.
+
+    Layers whose base weight is quantised, offloaded or zero are left out.
+
+    Returns:
+        None if no layer is left.
+    """
+    ratios = []
+    for h in handles:
+        weight = getattr(h.layer.get_base_layer(), "weight", None)
+        if h.rank == 0 or weight is None or not weight.is_floating_point() or weight.is_meta:
+            continue
+        base = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32))
+        P, Q = h.P_or.float(), h.Q_ri.float()
+        squared = float(((P.T @ P) * (Q @ Q.T)).sum())  # ‖PQ‖² = tr(PᵀP·QQᵀ), without the product
+        if base > 0:
+            ratios.append(h.scale * max(squared, 0.0) ** 0.5 / base)
+    return float(torch.tensor(ratios).median()) if ratios else None

@@ -1,0 +1,151 @@
+"""Diagnostics on real small trainings: each condition is provoked, and does not show in a healthy run."""
+
+import copy
+import functools
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import adalora
+from adalora.report.diagnostics import diagnose, diagnose_live, diagnose_seeds
+from adalora.report.history import History
+
+LAYERS, WIDTH, STEPS = 8, 32, 150
+EVEN = (2,) * LAYERS
+
+
+class Network(nn.Module):
+    """Residual layers; one more that the forward pass does not use."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.unused = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + 0.5 * torch.tanh(layer(x))
+        return x
+
+
+class Parallel(Network):
+    """Every layer has its own task, so that where the rank belongs does not depend on the seed."""
+
+    def forward(self, x):
+        return torch.stack([layer(x) for layer in self.layers])
+
+
+def teacher_of(network, ranks, size):
+    """The same network with an update of the given rank in each layer: what the adapter has to learn."""
+    teacher, random = copy.deepcopy(network), torch.Generator().manual_seed(5)
+    for layer, rank in zip(teacher.layers, ranks):
+        left = torch.randn(WIDTH, rank, generator=random)
+        right = torch.randn(rank, WIDTH, generator=random)
+        layer.weight.data += size * 3 / WIDTH / max(rank, 1) ** 0.5 * left @ right
+    return teacher
+
+
+@functools.cache
+def train(
+    *,
+    seed=0,
+    learning_rate=1e-2,
+    ranks=EVEN,
+    size=1.0,
+    noise=0.0,
+    unused=False,
+    live=False,
+    network=Network,
+    **settings,
+):
+    torch.manual_seed(0)
+    student = network()
+    teacher = teacher_of(student, ranks, size)
+    torch.manual_seed(1 + seed)
+    targets = [f"layers.{i}" for i in range(LAYERS)] + (["unused"] if unused else [])
+    model = get_peft_model(student, LoraConfig(r=6, lora_alpha=6, target_modules=targets))
+    history = History()
+    if live:
+        diagnose_live(history)
+    settings = {"target_rank": 3, **settings}
+    controller = adalora.attach(model, total_steps=STEPS, history=history, **settings)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    for _ in range(STEPS):
+        x = torch.randn(32, WIDTH)
+        wanted = teacher(x)
+        loss = (model(x) - wanted - noise * torch.randn_like(wanted)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        controller.log(loss=loss.item())
+    controller.finalize()
+    return history
+
+
+PROVOKED = {
+    "unstable-scores": {
+        "noise": 3.0,
+        "learning_rate": 0.1,
+        "target_rank": 2,
+        "sensitivity_beta": 0.01,
+        "uncertainty_beta": 0.01,
+    },
+    "budget-too-low": {"ranks": (6,) * LAYERS, "size": 2.0, "target_rank": 0.5},
+    "ranks-unbalanced": {"ranks": (0, 0, 0, 0, 0, 6, 0, 0), "size": 2.0, "target_rank": 0.75},
+    "orthogonality-not-reached": {"orthogonality": "off", "handover": False, "ranks": (1,) * LAYERS},
+    "slow-start": {"learning_rate": 1e-7},
+    "final-phase-too-short": {"final": 0.04},
+    "no-gradient": {"unused": True},
+}
+
+
+def codes(history):
+    return [f["code"] for f in diagnose(history)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_healthy_training_raises_nothing(seed):
+    assert codes(train(seed=seed)) == []
+
+
+@pytest.mark.parametrize("code", PROVOKED)
+def test_provoked(code):
+    assert code in codes(train(**PROVOKED[code]))
+
+
+def test_the_unused_module_is_named():
+    found = {f["code"]: f["message"] for f in diagnose(train(**PROVOKED["no-gradient"]))}
+    assert "1 of 9 modules never got a gradient" in found["no-gradient"]
+    assert found["no-gradient"].endswith(": unused")
+
+
+def test_a_budget_that_suffices_for_the_hard_task():
+    assert "budget-too-low" not in codes(train(ranks=(6,) * LAYERS, size=2.0, target_rank=5))
+
+
+def test_svd_triplets_that_hardly_move():
+    settings = {"parametrization": "svd", "initialization": "orthonormal"}
+    assert "slow-start" in codes(train(learning_rate=1e-7, **settings))
+    assert "slow-start" not in codes(train(learning_rate=1e-2, **settings))
+
+
+def test_while_it_trains():
+    with pytest.warns(
+        adalora.AdaLoraWarning, match=r"final-phase-too-short: the final phase is 6 of 150 steps"
+    ):
+        history = train(final=0.04, live=True)
+    assert [r["code"] for r in history.of("diagnostic")] == ["final-phase-too-short"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert train(live=True).of("diagnostic") == []
+
+
+def test_ranks_between_seeds():
+    task = {"ranks": (0, 6, 0, 6, 0, 6, 0, 6), "network": Parallel, "target_rank": 2, "noise": 0.1}
+    assert diagnose_seeds([train(seed=seed, **task) for seed in range(3)]) == []
+    noisy = {**task, "ranks": (0,) * LAYERS, "noise": 3.0, "learning_rate": 0.1}
+    found = diagnose_seeds([train(seed=seed, **noisy) for seed in range(3)])
+    assert [f["code"] for f in found] == ["ranks-differ-between-seeds"]
