@@ -1,1 +1,1 @@
-"""TODO."""
+"""Where training happens: the Hugging Face Trainer and what is built on it."""

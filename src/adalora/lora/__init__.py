@@ -1,1 +1,1 @@
-"""TODO."""
+"""The only code that knows PEFT's layers."""

@@ -1,0 +1,265 @@
+"""RankController: watches the optimizer, runs the schedule, decides the ranks."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from adalora.config import AdaLoraConfig
+from adalora.core.allocation import allocate
+from adalora.core.schedule import BudgetSchedule, span_to_steps
+from adalora.errors import AdaLoraWarning, AttachError, ConfigError
+from adalora.lora.budget import adapter_size, target_triplets
+from adalora.lora.compaction import compact
+from adalora.lora.forward import TripletVariant
+from adalora.lora.orthogonal import decoupled_step, hand_over
+from adalora.lora.scoring import Scorer
+from adalora.lora.triplets import find_triplets, fresh, rescale, write_patterns
+from adalora.recording import Recorder
+from adalora.report.history import History
+
+
+class RankController:
+    """Runs the method for one adapter of one model; made by `adalora.attach`.
+
+    The optimizer is found by itself: a post-step hook of torch, global to the process, calls the controller once per
+    real step of whichever optimizer owns the triplets' parameters.
+
+    Attributes:
+        step: Optimizer steps seen, which is the number of the next one, counted from 0.
+        history: What was decided, on which scores.
+        allocations: How often a budget was dealt out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: AdaLoraConfig,
+        *,
+        adapter: str,
+        history: History,
+        total_steps: int | None,
+    ) -> None:
+        self.config = config
+        self.adapter = adapter
+        self.history = history
+        self.step = 0
+        self.allocations = 0
+        self.finished = False
+        self._model = weakref.ref(model)
+        self._optimizer: weakref.ref[Optimizer] | None = None
+        self._schedule: BudgetSchedule | None = None
+        self._threshold = 0.0
+        self.handles = find_triplets(model, adapter)
+        self.initial_budget = sum(h.rank for h in self.handles)
+        self.target_budget = target_triplets(config, self.handles)
+        if config.scale == "target" and fresh(self.handles):
+            rslora = bool(self.handles[0].layer.use_rslora.get(adapter))
+            factor = self.initial_budget / self.target_budget
+            rescale(model, self.handles, factor**0.5 if rslora else factor)
+        for h in self.handles:
+            if adapter in h.layer.lora_A and isinstance(h.layer.lora_A[adapter], nn.Linear):
+                h.layer.lora_variant[adapter] = TripletVariant()
+        self._scorer = Scorer(self.handles, config)
+        self._record = Recorder(history, self.handles)
+        self._versions = [h.P_parameter._version for h in self.handles]
+        if total_steps is not None:
+            self.set_total_steps(total_steps)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that was attached."""
+        model = self._model()
+        if model is None:
+            raise AttachError("the attached model no longer exists")
+        return model
+
+    @property
+    def schedule(self) -> BudgetSchedule:
+        """The budget over the run; known once the number of steps is."""
+        if self._schedule is None:
+            raise ConfigError("total_steps is not known yet: adalora.attach(model, total_steps=…)")
+        return self._schedule
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Fix the length of the run in optimizer steps; before the first step.
+
+        Raises:
+            ConfigError: Not a positive number, or warm-up and final phase do not fit into it.
+        """
+        if total_steps < 1:
+            raise ConfigError(f"total_steps={total_steps} must be at least 1: the number of optimizer steps of the run")
+        warmup = span_to_steps(self.config.warmup, total_steps)
+        decrease_end = total_steps - span_to_steps(self.config.final, total_steps)
+        if decrease_end < warmup:
+            raise ConfigError(
+                f"warmup ({warmup} steps) and final ({total_steps - decrease_end} steps) are more than "
+                f"total_steps={total_steps}; use fractions, e.g. warmup=0.12, final=0.48"
+            )
+        self._schedule = BudgetSchedule(
+            initial_budget=self.initial_budget,
+            target_budget=self.target_budget,
+            warmup_steps=warmup,
+            decrease_end=min(decrease_end, total_steps - 1),
+            total_steps=total_steps,
+            interval=max(1, span_to_steps(self.config.allocation_interval, total_steps)),
+            shape=self.config.schedule,
+        )
+        name = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
+        self._record.start(self._schedule, config=self.config.to_dict(), model=name)
+
+    @property
+    def phase(self) -> str:
+        """One of "warmup", "decrease" and "final"."""
+        return self.schedule.phase(self.step)
+
+    @property
+    def budget(self) -> int:
+        """Triplets that the schedule allows now."""
+        return self.schedule.budget(self.step)
+
+    @property
+    def live(self) -> int:
+        """Triplets not pruned."""
+        return sum(h.live_rank for h in self.handles)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Live triplets of every module, by full module name."""
+        return {h.name: h.live_rank for h in self.handles}
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer that was seen to step, once one was."""
+        return self._optimizer() if self._optimizer is not None else None
+
+    def owns(self, optimizer: Optimizer) -> bool:
+        """Whether this optimizer trains the triplets."""
+        if self.optimizer is optimizer:
+            return True
+        mine = {id(p) for h in self.handles if not h.removed for p in (h.P_parameter, h.Q_parameter)}
+        if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+            return False
+        self._optimizer = weakref.ref(optimizer)
+        return True
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer) -> None:
+        """One optimizer step has been made: score, regularise, and where it is time re-allocate."""
+        if self.finished or self._model() is None:
+            return
+        schedule, step = self.schedule, self.step
+        handover = self.config.handover and step == schedule.warmup_steps - 1 and schedule.shape != "constant"
+        if schedule.phase(step) == "decrease" or (not self.config.handover and step <= schedule.decrease_end):
+            self._scorer.observe()
+        if self.config.orthogonality == "decoupled" and self.config.orthogonality_weight and not self._plain_lora():
+            decoupled_step(
+                [h for h in self.handles if not h.removed],
+                weight=self.config.orthogonality_weight,
+                learning_rate=float(optimizer.param_groups[0]["lr"]),
+            )
+        if handover:
+            self.hand_over()
+        if schedule.allocates(step):
+            self._allocate(schedule.budget(step))
+        elif not self.config.revival and self.live < self.initial_budget:
+            self._apply_masks()
+        if step == schedule.decrease_end and schedule.shape != "constant":
+            self._enter_final_phase()
+        self._record.step(schedule, step)
+        self.step += 1
+
+    def _plain_lora(self) -> bool:
+        """Up to the hand-over the adapter trains exactly as LoRA does."""
+        return self.config.handover and self.step < self.schedule.warmup_steps
+
+    def hand_over(self) -> None:
+        """Turn every P·Q into its singular vectors, exactly; the averages start anew."""
+        for h in self.handles:
+            hand_over(h, self.optimizer)
+        self._scorer.reset()
+        self._record.handover(self.step)
+
+    def _allocate(self, budget: int) -> None:
+        """Keep the best `budget` triplets, zero the others."""
+        scores = self._scorer.scores()
+        live_before = torch.cat([h.mask for h in self.handles])
+        module = torch.repeat_interleave(torch.tensor([h.rank for h in self.handles]))
+        if not self.config.revival:
+            scores = torch.where(live_before, scores, -torch.inf)
+        keep = allocate(scores, module, budget=budget, min_rank=self.config.min_rank, max_rank=self.config.max_rank)
+        for h, mask in zip(self.handles, torch.split(keep, [h.rank for h in self.handles])):
+            h.mask = mask.clone()
+        self._apply_masks()
+        self.allocations += 1
+        self._record.allocation(
+            self.schedule,
+            self.step,
+            scores=scores,
+            live_before=live_before,
+            keep=keep,
+            skipped=self._scorer.skipped,
+        )
+
+    def _apply_masks(self) -> None:
+        """Zero P of the pruned triplets; Q keeps its direction, from which a triplet may grow again."""
+        for h in self.handles:
+            if h.rank and not bool(h.mask.all()):
+                h.P_or[:, ~h.mask] = 0
+
+    def _enter_final_phase(self) -> None:
+        """Ranks are fixed from here: free the averages, remove what was pruned."""
+        self._scorer.reset()
+        if not self.config.compact or self.live == sum(h.rank for h in self.handles):
+            return
+        before = adapter_size(self.handles)
+        compact(self.handles, self.optimizer)
+        write_patterns(self.model, self.handles)
+        self._record.compaction(self.step, before=before, after=adapter_size(self.handles))
+
+    def finalize(self) -> None:
+        """End the run: bring the adapter to its target even if the training ended before the schedule did.
+
+        Called by the Trainer callback; call it at the end of your own loop. Warns where the schedule was cut short or
+        never ran.
+        """
+        if self.finished:
+            return
+        self.warn_if_idle()
+        schedule = self.schedule
+        if schedule.shape != "constant" and self.step <= schedule.decrease_end:
+            if self.step > 0:
+                warnings.warn(
+                    f"training ended after {self.step} of {schedule.total_steps} steps, before the budget had reached "
+                    f"its target: {self.live} triplets are cut to {self.target_budget} now, untrained. Give the real "
+                    f"number of steps: adalora.attach(model, total_steps={self.step})",
+                    AdaLoraWarning,
+                    stacklevel=2,
+                )
+            with torch.no_grad():
+                self._allocate(self.target_budget)
+                self._enter_final_phase()
+        self.finished = True
+        self._record.finish(self.step, allocations=self.allocations)
+
+    def warn_if_idle(self) -> None:
+        """Warn if the parameters were trained but no optimizer was seen, or no allocation has run by the end."""
+        trained = any(
+            h.P_parameter._version > version for h, version in zip(self.handles, self._versions) if not h.removed
+        )
+        if self.step == 0 and trained:
+            warnings.warn(
+                "the adapter was trained but adalora saw no optimizer step, so no rank was allocated. Train with a "
+                "torch.optim.Optimizer, or call controller.after_step(optimizer) after each step",
+                AdaLoraWarning,
+                stacklevel=3,
+            )
+
+    def log(self, **values: Any) -> None:
+        """Put numbers of your own, such as `loss=…`, into the history at the current step."""
+        self.history.add("step", **self._record.position(self.schedule, max(self.step - 1, 0)), **values)

@@ -1,0 +1,51 @@
+"""Scores and a budget -> which triplets are kept (Eq. 5 and 8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def allocate(scores: Tensor, module: Tensor, *, budget: int, min_rank: int = 0, max_rank: int | None = None) -> Tensor:
+    """Keep the `budget` best triplets of the whole model.
+
+    Exactly `budget` are kept (fewer only where `max_rank` forbids them), equal scores in order of position:
+    the same input gives the same mask on every machine. NaN counts as the lowest score.
+
+    Args:
+        scores: S of Eq. 9 for all n triplets, [n], any float type.
+        module: Number of the module of each triplet, [n], int64, ascending.
+        budget: b(t), number of triplets.
+        min_rank: Triplets each module keeps at least; together they may not exceed the budget.
+        max_rank: Triplets each module keeps at most.
+
+    Returns:
+        Keep mask [n], bool.
+
+    Raises:
+        ValueError: `min_rank` needs more than the budget.
+    """
+    ranking = torch.nan_to_num(scores.double(), nan=-torch.inf, posinf=torch.finfo(torch.float64).max)
+    order = torch.sort(ranking, descending=True, stable=True).indices
+    place = _place_within_module(order, module)
+    floor = place < min_rank
+    if int(floor.sum()) > budget:
+        raise ValueError(f"min_rank={min_rank} needs {int(floor.sum())} triplets, the budget has {budget}")
+    allowed = torch.ones_like(floor) if max_rank is None else place < max_rank
+    # Floors first, then the best of the rest; both in order of score.
+    free = (allowed & ~floor)[order]
+    rest = order[free][: budget - int(floor.sum())]
+    keep = floor.clone()
+    keep[rest] = True
+    return keep
+
+
+def _place_within_module(order: Tensor, module: Tensor) -> Tensor:
+    """Place (0 = best) of each triplet among those of its module, given the global order."""
+    by_module = torch.sort(module[order], stable=True).indices  # keeps the score order inside a module
+    arranged = order[by_module]
+    counts = torch.bincount(module)
+    starts = torch.cumsum(counts, 0) - counts
+    place = torch.empty_like(module)
+    place[arranged] = torch.arange(len(module), device=module.device) - starts[module[arranged]]
+    return place

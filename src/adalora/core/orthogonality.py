@@ -1,0 +1,42 @@
+"""R(P, Q) of Eq. 4 and its gradient in closed form.
+
+`V` stands for P with its columns, or Q with its rows, as vectors: the functions take row vectors,
+V = Pᵀ or V = Q, stacked [k, r, d].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def deviation(V_krd: Tensor, *, squared_norm: float | None) -> Tensor:
+    """V Vᵀ minus its target Gram matrix, [k, r, r].
+
+    Args:
+        V_krd: Vectors, one a row.
+        squared_norm: Target of the diagonal: ρ² (1 in Eq. 4). None leaves the lengths free and asks for
+            orthogonality alone.
+    """
+    gram = V_krd @ V_krd.transpose(-1, -2)
+    if squared_norm is None:
+        return gram - torch.diag_embed(torch.diagonal(gram, dim1=-2, dim2=-1))
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return gram.sub_(eye, alpha=squared_norm)
+
+
+def squared_gradient(V_krd: Tensor, *, squared_norm: float | None) -> Tensor:
+    """Gradient of ‖V Vᵀ - D‖²_F with D as in `deviation`: 4 (V Vᵀ - D) V, [k, r, d]."""
+    gradient: Tensor = deviation(V_krd, squared_norm=squared_norm) @ V_krd
+    return gradient.mul_(4)
+
+
+def relative_error(V_krd: Tensor) -> Tensor:
+    """How far from orthogonal, 0 to 1: root mean square of the cosines between different vectors, [k]."""
+    lengths = V_krd.norm(dim=-1, keepdim=True)
+    unit = V_krd / lengths.clamp_min(torch.finfo(V_krd.dtype).tiny)
+    off = deviation(unit, squared_norm=None)
+    live = (lengths.squeeze(-1) > 0).sum(dim=-1)
+    pairs = (live * (live - 1)).clamp_min(1)
+    error: Tensor = (off.square().sum(dim=(-1, -2)) / pairs).sqrt()
+    return error

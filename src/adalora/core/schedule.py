@@ -1,0 +1,66 @@
+"""Step -> budget and phase (Eq. 14)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Phase: TypeAlias = Literal["warmup", "decrease", "final"]
+
+POWERS = {"cubic": 3.0, "linear": 1.0}
+
+
+@dataclass(frozen=True)
+class BudgetSchedule:
+    """The global budget b(t) of Eq. 14, in whatever unit the two budgets have.
+
+    Attributes:
+        initial_budget: b0, held for t < warmup_steps.
+        target_budget: b_T, held for t >= decrease_end.
+        warmup_steps: t_i, optimizer steps.
+        decrease_end: T - t_f, the first step of the final phase.
+        total_steps: T.
+        interval: ΔT, steps between allocations.
+        shape: "cubic", "linear", "step", "constant", or the exponent.
+    """
+
+    initial_budget: int
+    target_budget: int
+    warmup_steps: int
+    decrease_end: int
+    total_steps: int
+    interval: int
+    shape: str | float
+
+    def phase(self, step: int) -> Phase:
+        """Phase of optimizer step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return "warmup"
+        return "decrease" if step < self.decrease_end else "final"
+
+    def budget(self, step: int) -> int:
+        """b(step). Never rises, is b0 up to the end of warm-up and b_T from `decrease_end` on."""
+        if self.shape == "constant" or step < self.warmup_steps:
+            return self.initial_budget
+        if step >= self.decrease_end:
+            return self.target_budget
+        progress = (step - self.warmup_steps) / (self.decrease_end - self.warmup_steps)
+        if self.shape == "step":
+            return self.initial_budget if progress < 0.5 else self.target_budget
+        power: float = POWERS[self.shape] if isinstance(self.shape, str) else self.shape
+        surplus: float = (self.initial_budget - self.target_budget) * (1 - progress) ** power
+        return self.target_budget + math.floor(surplus)  # floor, as the released code's int()
+
+    def allocates(self, step: int) -> bool:
+        """Whether an allocation follows optimizer step `step`: every ΔT of the decrease, and its end."""
+        if self.shape == "constant" or step < self.warmup_steps or step > self.decrease_end:
+            return False
+        return step == self.decrease_end or (
+            step > self.warmup_steps and (step - self.warmup_steps) % self.interval == 0
+        )
+
+
+def span_to_steps(span: int | float, total_steps: int) -> int:
+    """A span of the config in optimizer steps: fractions (floats) are of `total_steps`, rounded."""
+    return round(span * total_steps) if isinstance(span, float) else span

@@ -1,0 +1,163 @@
+"""Triplet scores of a whole model: reads weights and gradients, keeps the averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from adalora.config import AdaLoraConfig
+from adalora.core.importance import SmoothedImportance, left_products, right_products
+from adalora.lora.triplets import TripletHandle
+
+AVERAGED = {"sensitivity_uncertainty", "ratio", "sensitivity", "lambda_sensitivity"}
+
+
+class Scorer:
+    """Averages and scores for all layers of one adapter, stacked by shape.
+
+    The averages are built at the first `observe` and dropped by `reset`; they take twice the adapter's size in fp32.
+    """
+
+    def __init__(self, handles: Sequence[TripletHandle], config: AdaLoraConfig) -> None:
+        self.handles = list(handles)
+        self.config = config
+        self.skipped = 0
+        self._left: dict[tuple[int, ...], _Left] = {}
+        self._right: dict[tuple[int, ...], _Right] = {}
+        self._random = torch.Generator().manual_seed(config.seed)
+
+    @property
+    def needs_averages(self) -> bool:
+        """Whether the score is built on gradients; magnitudes are not."""
+        return self.config.importance in AVERAGED
+
+    def reset(self) -> None:
+        """Forget the averages and free their memory."""
+        self._left, self._right = {}, {}
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Take one optimizer step's weights and gradients into the averages."""
+        if not self.needs_averages:
+            return
+        gradients = [p.grad for h in self.handles for p in (h.P_parameter, h.Q_parameter) if p.grad is not None]
+        if not gradients or not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
+            self.skipped += 1
+            return
+        if not self._left:
+            self._build()
+        betas = {"beta1": self.config.sensitivity_beta, "beta2": self.config.uncertainty_beta}
+        for left in self._left.values():
+            left.observe(**betas)
+        for right in self._right.values():
+            right.observe(**betas)
+
+    def scores(self) -> Tensor:
+        """S for every triplet of every layer, layer after layer, [n], on the CPU."""
+        kind = self.config.importance
+        if kind == "random":
+            return torch.rand(sum(h.rank for h in self.handles), generator=self._random)
+        if not self.needs_averages:
+            return torch.cat([_magnitude(h) for h in self.handles]).cpu()
+        if not self._left:
+            self._build()
+        parts: list[Tensor] = [torch.empty(0)] * len(self.handles)
+        elementwise = "sensitivity" if kind == "lambda_sensitivity" else kind
+        for left in self._left.values():
+            score_lambda, score_P = left.weights.score(elementwise), left.factors.score(elementwise)
+            for k, number in enumerate(left.members):
+                parts[number] = score_lambda[k]
+                if kind != "lambda_sensitivity":
+                    parts[number] = parts[number] + score_P[k].mean(dim=0)
+        if kind != "lambda_sensitivity":
+            for right in self._right.values():
+                score_Q = right.factors.score(elementwise).mean(dim=2)
+                for k, number in enumerate(right.members):
+                    parts[number] = parts[number] + score_Q[k]
+        return torch.cat(parts).cpu()
+
+    def _build(self) -> None:
+        for number, h in enumerate(self.handles):
+            if h.rank == 0:
+                continue
+            key = (*h.P_or.shape, h.P_or.device.index or 0)
+            self._left.setdefault(key, _Left()).members.append(number)
+            key = (*h.Q_ri.shape, h.Q_ri.device.index or 0)
+            self._right.setdefault(key, _Right()).members.append(number)
+        for left in self._left.values():
+            left.start([self.handles[n] for n in left.members])
+        for right in self._right.values():
+            right.start([self.handles[n] for n in right.members])
+
+
+def _magnitude(h: TripletHandle) -> Tensor:
+    """‖P_i‖·‖Q_i‖·s: the singular value where P and Q are orthogonal, [r]."""
+    lengths: Tensor = h.P_or.float().norm(dim=0) * h.Q_ri.float().norm(dim=1)
+    return lengths.mul_(h.scale)
+
+
+class _Left:
+    """P of all layers with one shape of P, and with them the λ."""
+
+    def __init__(self) -> None:
+        self.members: list[int] = []
+
+    def start(self, handles: list[TripletHandle]) -> None:
+        self.handles = handles
+        stack = torch.stack([h.P_or for h in handles])
+        self.factors = SmoothedImportance.zeros_like(stack)
+        self.weights = SmoothedImportance.zeros_like(stack[:, 0])
+
+    def observe(self, *, beta1: float, beta2: float) -> None:
+        present = _present(self.handles, lambda h: h.P_parameter.grad)
+        if not present:
+            return
+        handles = [self.handles[k] for k in present]
+        P = torch.stack([h.P_or for h in handles])
+        gradient = torch.stack([h.as_P(_gradient(h.P_parameter)) for h in handles])
+        product, weights = left_products(P, gradient)
+        _update(self.factors, product, present, beta1=beta1, beta2=beta2)
+        _update(self.weights, weights, present, beta1=beta1, beta2=beta2)
+
+
+class _Right:
+    """Q of all layers with one shape of Q."""
+
+    def __init__(self) -> None:
+        self.members: list[int] = []
+
+    def start(self, handles: list[TripletHandle]) -> None:
+        self.handles = handles
+        self.factors = SmoothedImportance.zeros_like(torch.stack([h.Q_ri for h in handles]))
+
+    def observe(self, *, beta1: float, beta2: float) -> None:
+        present = _present(self.handles, lambda h: h.Q_parameter.grad)
+        if not present:
+            return
+        handles = [self.handles[k] for k in present]
+        Q = torch.stack([h.Q_ri for h in handles])
+        gradient = torch.stack([h.as_Q(_gradient(h.Q_parameter)) for h in handles])
+        _update(self.factors, right_products(Q, gradient), present, beta1=beta1, beta2=beta2)
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _present(handles: list[TripletHandle], gradient: Callable[[TripletHandle], Tensor | None]) -> list[int]:
+    """Layers that got a gradient this step: an unused module or an expert without tokens has none."""
+    return [k for k, h in enumerate(handles) if gradient(h) is not None]
+
+
+def _update(average: SmoothedImportance, product: Tensor, present: list[int], *, beta1: float, beta2: float) -> None:
+    """Update the rows `present` of a stack; the others keep what they had."""
+    if len(present) == len(average.sensitivity):
+        average.update(product, beta1=beta1, beta2=beta2)
+        return
+    part = SmoothedImportance(average.sensitivity[present], average.uncertainty[present])
+    part.update(product, beta1=beta1, beta2=beta2)
+    average.sensitivity[present] = part.sensitivity
+    average.uncertainty[present] = part.uncertainty

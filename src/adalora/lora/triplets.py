@@ -1,0 +1,229 @@
+"""The triplets of one LoRA layer: where P, λ and Q live in PEFT, whatever the kind of layer.
+
+ΔW = s · P · diag(λ) · Q with P [d_out, r] and Q [r, d_in]. In a Linear layer P is `lora_B` and Q `lora_A`; in an
+Embedding, whose weight is transposed, P is `lora_embedding_A`ᵀ and Q `lora_embedding_B`ᵀ: P is always the factor that
+PEFT starts at zero.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import layer as peft_layers
+from torch import Tensor, nn
+
+from adalora.errors import AttachError
+
+
+@dataclass(eq=False)
+class TripletHandle:
+    """One adapted layer. Holds the layer, never its parameters: FSDP and Accelerate swap those.
+
+    Attributes:
+        name: Full module name inside the base model, as PEFT's patterns see it.
+        layer: PEFT's LoRA layer.
+        adapter: Adapter name.
+        mask: Which triplets are live, [r], bool, on the CPU.
+        row_norm: ρ, root mean square length of Q's rows when the layer was attached.
+    """
+
+    name: str
+    layer: Any
+    adapter: str
+    mask: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    row_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.mask = torch.ones(self.rank, dtype=torch.bool)
+        self.row_norm = float(self.Q_ri.float().square().sum(dim=1).mean().sqrt())
+
+    @property
+    def is_embedding(self) -> bool:
+        """Embedding layers keep their factors transposed and as bare parameters."""
+        return self.adapter in self.layer.lora_embedding_A
+
+    @property
+    def removed(self) -> bool:
+        """The adapter was taken off this layer: its last triplet has been pruned and compacted."""
+        return not self.is_embedding and self.adapter not in self.layer.lora_A
+
+    @property
+    def P_parameter(self) -> nn.Parameter:
+        """The parameter behind P."""
+        if self.is_embedding:
+            return cast(nn.Parameter, self.layer.lora_embedding_A[self.adapter])
+        return cast(nn.Parameter, self.layer.lora_B[self.adapter].weight)
+
+    @property
+    def Q_parameter(self) -> nn.Parameter:
+        """The parameter behind Q."""
+        if self.is_embedding:
+            return cast(nn.Parameter, self.layer.lora_embedding_B[self.adapter])
+        return cast(nn.Parameter, self.layer.lora_A[self.adapter].weight)
+
+    @property
+    def P_dim(self) -> int:
+        """Dimension of `P_parameter` that counts triplets."""
+        return 0 if self.is_embedding else 1
+
+    @property
+    def Q_dim(self) -> int:
+        """Dimension of `Q_parameter` that counts triplets."""
+        return 1 if self.is_embedding else 0
+
+    def as_P(self, tensor: Tensor) -> Tensor:
+        """View a tensor shaped like `P_parameter` (it, its gradient, a moment) as [d_out, r]."""
+        return tensor.T if self.is_embedding else tensor.flatten(1)
+
+    def as_Q(self, tensor: Tensor) -> Tensor:
+        """View a tensor shaped like `Q_parameter` as [r, d_in]."""
+        return tensor.T if self.is_embedding else tensor.flatten(1)
+
+    @property
+    def P_or(self) -> Tensor:
+        """P, [d_out, r], sharing the parameter's memory, outside the graph."""
+        return self.as_P(self.P_parameter.detach())
+
+    @property
+    def Q_ri(self) -> Tensor:
+        """Q, [r, d_in], sharing the parameter's memory, outside the graph."""
+        return self.as_Q(self.Q_parameter.detach())
+
+    @property
+    def rank(self) -> int:
+        """Triplets held in memory, pruned ones included."""
+        return 0 if self.removed else self.Q_parameter.shape[self.Q_dim]
+
+    @property
+    def live_rank(self) -> int:
+        """Triplets not pruned."""
+        return int(self.mask.sum())
+
+    @property
+    def scale(self) -> float:
+        """S in ΔW = s·P·diag(λ)·Q."""
+        return float(self.layer.scaling[self.adapter])
+
+    @property
+    def parameters_per_triplet(self) -> int:
+        """d_out + d_in: what one triplet costs in the saved adapter."""
+        return self.P_or.shape[0] + self.Q_ri.shape[1]
+
+    def describe(self) -> dict[str, Any]:
+        """The module's line in the history."""
+        return {
+            "name": self.name,
+            "kind": type(self.layer.get_base_layer()).__name__,
+            "d_out": self.P_or.shape[0],
+            "d_in": self.Q_ri.shape[1],
+            "rank": self.rank,
+            "parameters_per_triplet": self.parameters_per_triplet,
+        }
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The module whose sub-module names PEFT's patterns are matched against."""
+    return cast(nn.Module, model.base_model.model) if isinstance(model, PeftModel) else model
+
+
+def lora_config(model: nn.Module, adapter: str) -> Any:
+    """The adapter's live LoraConfig."""
+    return cast(Any, model).peft_config[adapter]
+
+
+def find_triplets(model: nn.Module, adapter: str) -> list[TripletHandle]:
+    """Handles of all layers that carry `adapter`, in the model's order, a shared layer once.
+
+    Raises:
+        AttachError: There is none, or a layer's LoRA is of a kind that triplets do not fit.
+    """
+    layers = [(name, m) for name, m in base_model(model).named_modules() if isinstance(m, LoraLayer)]
+    mine = [(n, m) for n, m in layers if adapter in m.lora_A or adapter in m.lora_embedding_A]
+    if not mine:
+        raise AttachError(_no_layer_message(model, layers, adapter))
+    for name, layer in mine:
+        _refuse_unsupported(name, layer, adapter)
+    return [TripletHandle(name=n, layer=m, adapter=adapter) for n, m in mine]
+
+
+def _no_layer_message(model: nn.Module, layers: list[tuple[str, Any]], adapter: str) -> str:
+    if not layers:
+        return (
+            f"{type(model).__name__} has no LoRA layer. Make one first: "
+            'model = peft.get_peft_model(model, peft.LoraConfig(r=12, target_modules="all-linear"))'
+        )
+    names = sorted({key for _, m in layers for key in (*m.lora_A, *m.lora_embedding_A)})
+    return f"no LoRA layer carries an adapter named {adapter!r}; the model has {', '.join(map(repr, names))}"
+
+
+def _refuse_unsupported(name: str, layer: Any, adapter: str) -> None:
+    if layer.merged:
+        raise AttachError(f"{name}: adapter is merged into the base weight; call model.unmerge_adapter() first")
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None:
+        kind = type(variant).__name__
+        raise AttachError(
+            f"{name}: {kind} is not plain LoRA and its extra terms do not split into triplets; "
+            "leave its option (use_dora, alora, …) out of LoraConfig"
+        )
+    if layer.lora_bias.get(adapter):
+        raise AttachError(f"{name}: lora_bias=True is not supported (servers drop it); use LoraConfig(lora_bias=False)")
+    base = layer.get_base_layer()
+    if isinstance(layer, peft_layers.ParamWrapper):
+        raise AttachError(
+            f"{name}: LoRA on parameters (target_parameters) shares one factor among experts and has no triplets; "
+            "target modules instead"
+        )
+    if getattr(base, "groups", 1) != 1:
+        raise AttachError(f"{name}: convolution with groups={base.groups}; leave it out of target_modules")
+
+
+def fresh(handles: list[TripletHandle]) -> bool:
+    """Whether the adapter adds nothing yet: every P is zero, as LoRA starts."""
+    return not any(bool(h.P_parameter.detach().any()) for h in handles)
+
+
+def rescale(model: nn.Module, handles: list[TripletHandle], factor: float) -> None:
+    """Multiply the LoRA scale of one adapter by `factor`, in the layers and in its LoraConfig alike."""
+    for h in handles:
+        h.layer.scaling[h.adapter] *= factor
+        h.layer.lora_alpha[h.adapter] *= factor
+    config = lora_config(model, handles[0].adapter)
+    config.lora_alpha = _whole(config.lora_alpha * factor)
+    config.alpha_pattern = {key: _whole(value * factor) for key, value in config.alpha_pattern.items()}
+
+
+def write_patterns(model: nn.Module, handles: list[TripletHandle]) -> None:
+    """Put the ranks that layers now have into the adapter's LoraConfig, so that stock PEFT rebuilds them.
+
+    Modules without triplets go to `exclude_modules`. α of each module keeps its scale: α_i = s·r_i, or s·√r_i.
+    """
+    config = lora_config(model, handles[0].adapter)
+    live = [h for h in handles if not h.removed]
+    if not live:
+        return
+    largest = max(live, key=lambda h: h.rank)
+    config.r, config.lora_alpha = largest.rank, _alpha(largest, config.use_rslora)
+    config.rank_pattern = {f"^{re.escape(h.name)}": h.rank for h in live if h.rank != config.r}
+    alphas = {f"^{re.escape(h.name)}": _alpha(h, config.use_rslora) for h in live}
+    config.alpha_pattern = {key: alpha for key, alpha in alphas.items() if alpha != config.lora_alpha}
+    gone = "|".join(re.escape(h.name) for h in handles if h.removed)
+    if gone:
+        before = config.exclude_modules
+        if before and not isinstance(before, str):
+            before = "|".join(rf"(.*\.)?{re.escape(name)}" for name in sorted(before))
+        config.exclude_modules = f"({before})|{gone}" if before else gone
+
+
+def _alpha(handle: TripletHandle, rslora: bool) -> int | float:
+    return _whole(handle.scale * (handle.rank**0.5 if rslora else handle.rank))
+
+
+def _whole(value: float) -> int | float:
+    """An integer where it is one: some servers read lora_alpha as an integer."""
+    return round(value) if abs(value - round(value)) < 1e-9 else value

@@ -1,0 +1,129 @@
+"""What a controller writes into its history."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adalora.core.factored_svd import factored_svd
+from adalora.core.schedule import BudgetSchedule
+from adalora.core.statistics import describe_scores
+from adalora.lora.orthogonal import orthogonality_error
+from adalora.lora.triplets import TripletHandle
+from adalora.lora.update_size import update_ratio
+from adalora.report.history import History
+from adalora.version import __version__
+
+STEP_RECORDS = 500  # so many `step` records a run at most, beside those of allocations and of the trainer's log
+
+
+class Recorder:
+    """Turns a controller's decisions into records; holds no state of the method."""
+
+    def __init__(self, history: History, handles: list[TripletHandle]) -> None:
+        self.history = history
+        self.handles = handles
+
+    @property
+    def ranks(self) -> list[int]:
+        """Live triplets of every module, in the order of `start.modules`."""
+        return [h.live_rank for h in self.handles]
+
+    def position(self, schedule: BudgetSchedule, step: int) -> dict[str, Any]:
+        """Where a step is in the run."""
+        return {
+            "step": step,
+            "phase": schedule.phase(step),
+            "budget": schedule.budget(step),
+            "live": sum(self.ranks),
+        }
+
+    def start(self, schedule: BudgetSchedule, *, config: dict[str, Any], model: str) -> None:
+        """The run's settings."""
+        import peft
+        import transformers
+
+        self.history.add(
+            "start",
+            version=__version__,
+            versions={
+                "torch": torch.__version__,
+                "peft": peft.__version__,
+                "transformers": transformers.__version__,
+            },
+            machine={
+                "python": platform.python_version(),
+                "system": platform.system(),
+                "cpu": platform.machine(),
+            },
+            config=config,
+            model=model,
+            total_steps=schedule.total_steps,
+            warmup_steps=schedule.warmup_steps,
+            decrease_end=schedule.decrease_end,
+            initial_budget=schedule.initial_budget,
+            target_budget=schedule.target_budget,
+            modules=[h.describe() for h in self.handles],
+        )
+
+    def step(self, schedule: BudgetSchedule, step: int) -> None:
+        """An ordinary step; thinned out to `STEP_RECORDS`."""
+        if step % max(1, schedule.total_steps // STEP_RECORDS) == 0:
+            self.history.add("step", **self.position(schedule, step))
+
+    def allocation(
+        self,
+        schedule: BudgetSchedule,
+        step: int,
+        *,
+        scores: Tensor,
+        live_before: Tensor,
+        keep: Tensor,
+        skipped: int,
+    ) -> None:
+        """A budget was dealt out."""
+        parts = torch.split(scores, [h.rank for h in self.handles])
+        self.history.add(
+            "allocation",
+            **{**self.position(schedule, step), "budget": int(keep.sum())},
+            pruned=int((live_before & ~keep).sum()),
+            revived=int((keep & ~live_before).sum()),
+            ranks=self.ranks,
+            module_scores=[float(part[torch.isfinite(part)].sum()) for part in parts],
+            orthogonality=orthogonality_error(self.handles),
+            skipped_steps=skipped,
+            # Without a hand-over, the first allocation tells how far the warm-up has come.
+            update_ratio=None if self.history.last("handover") else update_ratio(self.handles),
+            **describe_scores(scores, keep),
+        )
+
+    def handover(self, step: int) -> None:
+        """P·Q were rewritten in their singular vectors."""
+        self.history.add("handover", step=step, ranks=self.ranks, update_ratio=update_ratio(self.handles))
+
+    def compaction(self, step: int, *, before: tuple[int, int], after: tuple[int, int]) -> None:
+        """Pruned triplets were removed; sizes are (parameters, bytes)."""
+        self.history.add(
+            "compaction",
+            step=step,
+            ranks=self.ranks,
+            parameters_before=before[0],
+            parameters_after=after[0],
+            bytes_before=before[1],
+            bytes_after=after[1],
+        )
+
+    def finish(self, step: int, *, allocations: int) -> None:
+        """The end, with the spectrum of every module."""
+        spectra = [(factored_svd(h.P_or, h.Q_ri)[1] * h.scale).tolist() if h.rank else [] for h in self.handles]
+        self.history.add(
+            "finish",
+            step=step,
+            ranks=self.ranks,
+            singular_values=spectra,
+            orthogonality=orthogonality_error(self.handles),
+            allocations=allocations,
+        )

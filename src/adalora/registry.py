@@ -1,0 +1,74 @@
+"""`attach`, and which controllers a process has: one hook on all optimizers serves them all."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from adalora.config import AdaLoraConfig
+from adalora.controller import RankController
+from adalora.errors import AttachError, ConfigError
+from adalora.report.history import History
+
+# By model, then by adapter name. The model's end is the controllers' end: they hold it weakly.
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, dict[str, RankController]] = weakref.WeakKeyDictionary()
+
+
+def _on_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for controller in [c for of_model in list(_ATTACHED.values()) for c in of_model.values()]:
+        if not controller.finished and controller.owns(optimizer):
+            controller.after_step(optimizer)
+
+
+register_optimizer_step_post_hook(_on_optimizer_step)
+
+
+def attach(
+    model: nn.Module,
+    config: AdaLoraConfig | None = None,
+    *,
+    total_steps: int | None = None,
+    adapter: str | None = None,
+    history: History | str | None = None,
+    **fields: Any,
+) -> RankController:
+    """Make a PEFT LoRA model adaptive. The one line.
+
+    Args:
+        model: From `peft.get_peft_model(model, LoraConfig(...))`; its `r` is the initial rank.
+        config: Settings; or give them as keywords, e.g. `target_rank=8`.
+        total_steps: Optimizer steps of the whole run. Left out only where someone else sets it later
+            (`AdaLoraCallback` does).
+        adapter: Adapter to make adaptive; the active one by default.
+        history: Where to record: a `History` or a path for a JSON-lines file.
+        **fields: Fields of `AdaLoraConfig`, instead of `config`.
+
+    Returns:
+        The controller. Keeping it is not needed: it lives as long as the model.
+
+    Raises:
+        ConfigError: A setting is wrong.
+        AttachError: The model has no LoRA layer that fits, or is attached already.
+    """
+    if config is not None and fields:
+        raise ConfigError(f"give config or keywords, not both: config={config!r} and {', '.join(fields)}")
+    config = config or AdaLoraConfig(**fields)
+    if adapter is None:
+        active = getattr(model, "active_adapter", "default")
+        adapter = active if isinstance(active, str) else "default"
+    taken = controllers(model)
+    if adapter in taken:
+        raise AttachError(f"adapter {adapter!r} of this model is attached already; call attach once")
+    record = history if isinstance(history, History) else History(history)
+    controller = RankController(model, config, adapter=adapter, history=record, total_steps=total_steps)
+    _ATTACHED.setdefault(model, {})[adapter] = controller
+    return controller
+
+
+def controllers(model: nn.Module) -> dict[str, RankController]:
+    """The controllers of a model, by adapter name; empty if none was attached."""
+    return dict(_ATTACHED.get(model, {}))
