@@ -37,7 +37,7 @@ def modules_of(layers, types, rank, prefix="base_model.model.bert.encoder.layer"
             "d_out": d_out,
             "d_in": d_in,
             "rank": rank,
-            "parameters_per_triplet": d_out + d_in + 1,
+            "parameters_per_triplet": d_out + d_in,
         }
         for layer in range(layers)
         for kind, (d_out, d_in) in types.items()

@@ -84,9 +84,7 @@ def test_module_table_holds_the_numbers_of_the_history(page, one, history):
     modules = modules_frame(history).set_index("module")
     assert shown[2].astype(int).to_dict() == modules["rank"].to_dict()
     assert shown[8].str.replace(",", "").astype(int).to_dict() == modules["parameters"].to_dict()
-    assert shown[5].astype(float).to_numpy() == pytest.approx(
-        modules.loc[shown.index, "score"].to_numpy(), rel=1e-3
-    )
+    assert shown[5].astype(float).to_numpy() == pytest.approx(modules.loc[shown.index, "score"].to_numpy(), rel=1e-3)
 
 
 def test_tiles_hold_the_numbers_of_the_history(page, one, history):
@@ -144,17 +142,13 @@ def test_sorting_by_keyboard(page, one):
     assert types == sorted(types)
     assert head.get_attribute("aria-sort") == "none"
     page.find_element("css selector", "#r0 .sortable th:nth-child(1) button").click()
-    assert [row[0] for row in page.execute_script(TABLE)] == sorted(
-        str(i) for i in range(6) for _ in range(6)
-    )
+    assert [row[0] for row in page.execute_script(TABLE)] == sorted(str(i) for i in range(6) for _ in range(6))
 
 
 def test_filter(page, one):
     show(page, one)
     page.find_element("id", "r0-filter").send_keys("layer.3 key")
-    shown = page.execute_script(
-        "return [...document.querySelectorAll('#r0 .sortable tbody tr:not([hidden])')].length"
-    )
+    shown = page.execute_script("return [...document.querySelectorAll('#r0 .sortable tbody tr:not([hidden])')].length")
     assert shown == 1
     assert page.find_element("css selector", "[data-count]").text == "1 of 36 modules"
 
@@ -177,16 +171,13 @@ def test_csv_is_the_frame(page, one, history, folder):
 
 def test_everything_that_scrolls_or_acts_can_be_reached_by_keyboard(page, one):
     show(page, one)
-    assert page.execute_script(
-        "return [...document.querySelectorAll('.scroll')].every(e => e.tabIndex === 0)"
-    )
+    assert page.execute_script("return [...document.querySelectorAll('.scroll')].every(e => e.tabIndex === 0)")
     assert page.execute_script(
         "return [...document.querySelectorAll('svg')].every(e => e.getAttribute('role') === 'img'"
         " && e.getAttribute('aria-label'))"
     )
     assert page.execute_script(
-        "return [...document.querySelectorAll('input')]"
-        '.every(e => document.querySelector(`label[for="${e.id}"]`))'
+        "return [...document.querySelectorAll('input')].every(e => document.querySelector(`label[for=\"${e.id}\"]`))"
     )
 
 
@@ -225,8 +216,6 @@ def test_a_very_large_run_is_small_and_quick(page, folder):
     assert path.stat().st_size < 5_000_000
     show(page, path)
     assert complaints(page) == []
-    timing = page.execute_script(
-        "const [n] = performance.getEntriesByType('navigation'); return n.loadEventEnd"
-    )
+    timing = page.execute_script("const [n] = performance.getEntriesByType('navigation'); return n.loadEventEnd")
     assert timing < 3000, "about a second is what is wanted; this leaves room for a busy machine"
     assert sum(rank for _, rank in page.execute_script(HEAT)) == 5600

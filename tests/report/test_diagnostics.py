@@ -149,9 +149,7 @@ def test_live_findings_are_recorded_and_warned_of(tmp_path):
         replay(finished, history)
     found = diagnose(finished)
     assert [f["code"] for f in found] == ["final-phase-too-short", "slow-start"]
-    assert [str(w.message) for w in warned] == [
-        f"{f['code']}: {f['message']}. {f['cause']} {f['cure']}" for f in found
-    ]
+    assert [str(w.message) for w in warned] == [f"{f['code']}: {f['message']}. {f['cause']} {f['cure']}" for f in found]
     recorded = History.read(tmp_path).of("diagnostic")
     assert [{k: r[k] for k in found[0]} for r in recorded] == found
     assert findings_of(history) == recorded
@@ -206,9 +204,7 @@ def test_agreement_by_hand():
     agreement = rank_agreement(histories)
     assert agreement.shared == pytest.approx(10 / 15)
     assert agreement.correlation == pytest.approx(-3 / 7)
-    assert agreement.expected == pytest.approx(
-        sum(min(i, j) for i in range(6) for j in range(6)) / 36 * 6 / 15
-    )
+    assert agreement.expected == pytest.approx(sum(min(i, j) for i in range(6) for j in range(6)) / 36 * 6 / 15)
 
 
 def test_equal_ranks_have_no_correlation():

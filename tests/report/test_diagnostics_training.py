@@ -133,9 +133,7 @@ def test_svd_triplets_that_hardly_move():
 
 
 def test_while_it_trains():
-    with pytest.warns(
-        adalora.AdaLoraWarning, match=r"final-phase-too-short: the final phase is 6 of 150 steps"
-    ):
+    with pytest.warns(adalora.AdaLoraWarning, match=r"final-phase-too-short: the final phase is 6 of 150 steps"):
         history = train(final=0.04, live=True)
     assert [r["code"] for r in history.of("diagnostic")] == ["final-phase-too-short"]
     with warnings.catch_warnings():

@@ -117,8 +117,7 @@ def test_colours_of_ranks():
     assert len(rules) == SHADES + 1
     for *channels, text in rules:
         linear = [
-            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
-            for c in (int(x, 16) / 255 for x in channels)
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (int(x, 16) / 255 for x in channels)
         ]
         luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
         contrast = 1.05 / (luminance + 0.05) if text == "fff" else (luminance + 0.05) / 0.05

@@ -21,11 +21,7 @@ def test_bert_labels_are_short_and_distinct():
 
 
 def test_encoder_and_decoder_are_told_apart():
-    names = [
-        f"base_model.model.model.{s}.layers.{i}.self_attn.q_proj"
-        for s in ("encoder", "decoder")
-        for i in (0, 1)
-    ]
+    names = [f"base_model.model.model.{s}.layers.{i}.self_attn.q_proj" for s in ("encoder", "decoder") for i in (0, 1)]
     names.append("base_model.model.model.decoder.layers.0.encoder_attn.q_proj")
     places = place_modules(names)
     assert [p.row for p in places] == ["encoder 0", "encoder 1", "decoder 0", "decoder 1", "decoder 0"]

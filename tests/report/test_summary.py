@@ -74,3 +74,8 @@ def test_best_metric_knows_its_direction():
 
 def test_a_run_that_only_started():
     assert summarize(run(stop_at=0))[0] == "36 modules of minilm-l6 hold 432 triplets, as at the start."
+
+
+def test_a_local_model_is_named_by_its_last_two_parts():
+    assert "12 modules of minilm/model hold" in summarize(run(layers=2, stop_at=0, model="/srv/models/minilm/model"))[0]
+    assert "12 modules of org/name hold" in summarize(run(layers=2, stop_at=0, model="org/name"))[0]

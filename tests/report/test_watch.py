@@ -104,9 +104,7 @@ def test_plain_line_of_every_stage():
     history = run(stop_at=60, metrics=False)
     last = history.of("step")[-1]
     line = plain_line(state_of(history))
-    assert line.startswith(
-        f"step 60/400 | budget shrinks | budget {last['budget']} | live {last['live']} | loss "
-    )
+    assert line.startswith(f"step 60/400 | budget shrinks | budget {last['budget']} | live {last['live']} | loss ")
     assert line.endswith("| 0:00:17 left")
     assert plain_line(state_of(run())).startswith("step 400/400 | finished | budget 288 | live 288 | loss 0.")
 

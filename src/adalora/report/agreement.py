@@ -45,9 +45,7 @@ def rank_agreement(histories: Sequence[History], names: Sequence[str] | None = N
     for at, other in enumerate(modules[1:], start=2):
         if set(other) != set(modules[0]):
             only = sorted(set(other) ^ set(modules[0]))
-            raise HistoryError(
-                f"run {at} does not adapt the same modules as run 1: {only[0]} is in one of them only"
-            )
+            raise HistoryError(f"run {at} does not adapt the same modules as run 1: {only[0]} is in one of them only")
     columns = list(names) if names is not None else [f"run {i + 1}" for i in range(len(histories))]
     parts = [pd.Series(newest_ranks(h), index=own) for h, own in zip(histories, modules)]
     ranks = pd.concat(parts, axis=1, keys=columns)

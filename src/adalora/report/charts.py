@@ -50,9 +50,7 @@ class Chart:
     all_rows: int
 
 
-def make_chart(
-    title: str, figure: Figure, *, key: str, table: pd.DataFrame | None = None, note: str = ""
-) -> Chart:
+def make_chart(title: str, figure: Figure, *, key: str, table: pd.DataFrame | None = None, note: str = "") -> Chart:
     """Chart of a figure; the table's index becomes its first column."""
     columns: list[str] = []
     rows: list[list[object]] = []
@@ -100,10 +98,7 @@ def compared_charts(runs: Sequence[NamedRun]) -> list[Chart]:
     kinds = dict.fromkeys(kind for frame in metrics for kind in zip(frame["metric"], frame["split"]))
     for i, (metric, split) in enumerate(list(kinds)[:4]):
         title = f"{metric} ({split})" if split else metric
-        series = [
-            f[(f["metric"] == metric) & (f["split"] == split)].groupby("step")["value"].last()
-            for f in metrics
-        ]
+        series = [f[(f["metric"] == metric) & (f["split"] == split)].groupby("step")["value"].last() for f in metrics]
         figure = figures.plot_compared(series, names, ylabel=title)
         charts.append(make_chart(title, figure, key=f"all-metric{i}", table=_joined(series, names)))
     return charts

@@ -150,8 +150,7 @@ class Diagnostics:
         if largest / total > limits.largest_share and largest > limits.largest_ratio * total / len(ranks):
             yield (
                 "ranks-unbalanced",
-                f"{self._name(ranks.index(largest))} holds {largest} of {total:,} triplets "
-                f"({largest / total:.0%})",
+                f"{self._name(ranks.index(largest))} holds {largest} of {total:,} triplets ({largest / total:.0%})",
             )
         if zeros / len(ranks) > limits.zero_share:
             yield (
@@ -244,9 +243,7 @@ def findings_of(history: History, thresholds: DiagnosticThresholds | None = None
     return recorded + [f for f in diagnose(history, thresholds) if f["code"] not in codes]
 
 
-def diagnose_seeds(
-    histories: Sequence[History], thresholds: DiagnosticThresholds | None = None
-) -> list[Finding]:
+def diagnose_seeds(histories: Sequence[History], thresholds: DiagnosticThresholds | None = None) -> list[Finding]:
     """Findings over several runs of the same model that differ in their seed.
 
     Raises:

@@ -21,10 +21,8 @@ EXPLANATIONS: dict[str, tuple[str, str]] = {
         "large matrices win; check that the starved modules are worth adapting at all.",
     ),
     "orthogonality-not-reached": (
-        "Vectors of one module point the same way: its triplets say the same thing, and their "
-        "scores mislead.",
-        "Raise orthogonality_weight or set reorthonormalize=True; lower the learning rate if that"
-        " is not enough.",
+        "Vectors of one module point the same way: its triplets say the same thing, and their scores mislead.",
+        "Raise orthogonality_weight or set reorthonormalize=True; lower the learning rate if that is not enough.",
     ),
     "slow-start": (
         "At the end of warm-up the adapter has hardly moved: learning rate or scale are too low, "

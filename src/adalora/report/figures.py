@@ -79,9 +79,7 @@ def plot_metrics(history: History, *, ax: Axes | None = None) -> Figure:
 def plot_scores(history: History, *, ax: Axes | None = None) -> Figure:
     """Distribution of all triplet scores at the newest allocation, with the threshold that was kept."""
     ax = axes_of(ax)
-    record = next(
-        (r for r in reversed(history.of("allocation")) if (r.get("scores") or {}).get("histogram")), None
-    )
+    record = next((r for r in reversed(history.of("allocation")) if (r.get("scores") or {}).get("histogram")), None)
     if record is None:
         return _empty(ax, "no allocation yet")
     scores, threshold = record["scores"], record.get("threshold")

@@ -74,9 +74,7 @@ def module_scores_frame(history: History) -> pd.DataFrame:
     """Summed score of every module over time: one row per allocation, one column per module."""
     names = [m["name"] for m in start_of(history)["modules"]]
     records = [r for r in history.of("allocation") if r.get("module_scores")]
-    values = np.array(
-        [[np.nan if s is None else s for s in r["module_scores"]] for r in records], dtype=float
-    )
+    values = np.array([[np.nan if s is None else s for s in r["module_scores"]] for r in records], dtype=float)
     frame = pd.DataFrame(values.reshape(len(records), len(names)), columns=names)
     frame.index = pd.Index([r["step"] for r in records], name="step")
     return frame
@@ -131,6 +129,13 @@ def thin(data: Any, points: int = 1200) -> Any:
     if len(data) <= points:
         return data
     return data.iloc[np.unique(np.linspace(0, len(data) - 1, points).round().astype(int))]
+
+
+def model_name(history: History) -> str:
+    """Name of the model; of a local folder only the last two parts, which say what it is."""
+    name = str(start_of(history).get("model") or "the model")
+    parts = name.replace("\\", "/").split("/")
+    return "/".join(parts[-2:]) if len(parts) > 2 else name
 
 
 def _numbers(frame: pd.DataFrame, *, keep: tuple[str, ...]) -> pd.DataFrame:

@@ -35,9 +35,7 @@ def plot_ranks(history: History, *, ax: Axes | None = None) -> Figure:
     every = max(1, rows // 32)
     across = [f"{t}\nΣ {s:.0f}" for t, s in zip(grid.columns, grid.sum())]
     ax.set_xticks(range(columns), across, rotation=35, ha="right", fontsize=8)
-    ax.set_yticks(
-        range(0, rows, every), [f"{r}  Σ {s:.0f}" for r, s in grid.sum(axis=1).items()][::every], fontsize=8
-    )
+    ax.set_yticks(range(0, rows, every), [f"{r}  Σ {s:.0f}" for r, s in grid.sum(axis=1).items()][::every], fontsize=8)
     ax.grid(visible=False)
     ax.set_title(f"Rank of every module, {np.nansum(grid.to_numpy(dtype=float)):.0f} in all")
     figure_of(ax).colorbar(image, ax=ax, label="rank")
@@ -57,9 +55,7 @@ def plot_ranks_over_time(history: History) -> Figure:
     for ax, kind in zip(axes, types):
         of_type = modules[modules["type"] == kind]
         rows = list(dict.fromkeys(of_type["row"]))
-        summed = (
-            ranks[list(of_type["module"])].T.groupby(of_type["row"].to_numpy(), sort=False).sum().loc[rows]
-        )
+        summed = ranks[list(of_type["module"])].T.groupby(of_type["row"].to_numpy(), sort=False).sum().loc[rows]
         image = ax.pcolormesh(
             edges, np.arange(len(rows) + 1), summed.to_numpy(), cmap=CMAP, vmin=0, vmax=top, rasterized=True
         )
@@ -72,9 +68,7 @@ def plot_ranks_over_time(history: History) -> Figure:
     for ax in axes[len(types) :]:
         ax.set_axis_off()
     if image is not None:
-        figure.colorbar(
-            image, ax=list(axes), location="bottom", label="rank", shrink=0.7, aspect=40, pad=0.01
-        )
+        figure.colorbar(image, ax=list(axes), location="bottom", label="rank", shrink=0.7, aspect=40, pad=0.01)
     return figure
 
 
@@ -95,9 +89,7 @@ def plot_singular_values(history: History) -> Figure:
     for ax, kind in zip(axes, types):
         for at in np.flatnonzero(modules["type"] == kind):
             spectrum = sorted((abs(v) for v in values[at] if v), reverse=True)
-            colour = colours(
-                0.9 * norm(order[modules["row"].iloc[at]])
-            )  # the last tenth is too pale on white
+            colour = colours(0.9 * norm(order[modules["row"].iloc[at]]))  # the last tenth is too pale on white
             # Hundreds of vector lines are heavier than one picture of them.
             ax.plot(range(1, len(spectrum) + 1), spectrum, color=colour, lw=1, rasterized=len(modules) > 150)
         ax.set_title(kind, fontsize=10)
@@ -109,12 +101,8 @@ def plot_singular_values(history: History) -> Figure:
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     for ax in axes[len(types) :]:
         ax.set_axis_off()
-    scale = mpl.cm.ScalarMappable(
-        norm, mpl.colors.ListedColormap([colours(0.9 * x) for x in np.linspace(0, 1, 128)])
-    )
-    bar = figure.colorbar(
-        scale, ax=list(axes), location="bottom", label="layer", shrink=0.7, aspect=40, pad=0.01
-    )
+    scale = mpl.cm.ScalarMappable(norm, mpl.colors.ListedColormap([colours(0.9 * x) for x in np.linspace(0, 1, 128)]))
+    bar = figure.colorbar(scale, ax=list(axes), location="bottom", label="layer", shrink=0.7, aspect=40, pad=0.01)
     labels, ticks = list(order), sorted({0, (len(order) - 1) // 2, len(order) - 1})
     bar.set_ticks(ticks, labels=[labels[t] for t in ticks])
     return figure
@@ -123,9 +111,7 @@ def plot_singular_values(history: History) -> Figure:
 def rank_grid(modules: pd.DataFrame, value: str = "rank") -> pd.DataFrame:
     """Layer × module type table of a column of `modules_frame`; modules that share a cell add up."""
     grid = modules.pivot_table(index="row", columns="type", values=value, aggfunc="sum", sort=False)
-    return grid.reindex(
-        index=list(dict.fromkeys(modules["row"])), columns=list(dict.fromkeys(modules["type"]))
-    )
+    return grid.reindex(index=list(dict.fromkeys(modules["row"])), columns=list(dict.fromkeys(modules["type"])))
 
 
 def _edges(steps: pd.Index, history: History) -> np.ndarray:

@@ -47,9 +47,7 @@ def compared_context(runs: list[NamedRun], contexts: list[dict[str, Any]]) -> di
     rows = []
     for context in contexts:
         values = {fact["label"]: fact["value"] for fact in context["facts"]}
-        rows.append(
-            {"name": context["name"], "key": context["key"], "values": [values.get(c) for c in columns]}
-        )
+        rows.append({"name": context["name"], "key": context["key"], "values": [values.get(c) for c in columns]})
     return {"charts": compared_charts(runs), "columns": columns, "rows": rows, "agreement": _agreement(runs)}
 
 

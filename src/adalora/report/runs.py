@@ -98,9 +98,7 @@ def read_history(source: str | os.PathLike[str]) -> History:
         ) from None
     except (ValueError, OSError) as error:
         raise HistoryError(str(error)) from error
-    bad = next(
-        (i for i, r in enumerate(history.records) if not isinstance(r, dict) or "event" not in r), None
-    )
+    bad = next((i for i, r in enumerate(history.records) if not isinstance(r, dict) or "event" not in r), None)
     if bad is not None:
         raise HistoryError(f"{os.fspath(source)}: record {bad + 1} is not an object with `event`")
     return history

@@ -108,9 +108,7 @@ def to_svg(figure: Figure, *, label: str, key: str) -> str:
     """
     buffer = io.StringIO()
     with mpl.rc_context({**STYLE, "svg.hashsalt": key}):
-        figure.savefig(
-            buffer, format="svg", dpi=150, transparent=True, metadata={"Date": None, "Creator": None}
-        )
+        figure.savefig(buffer, format="svg", dpi=150, transparent=True, metadata={"Date": None, "Creator": None})
     return inline_svg(buffer.getvalue(), label=label, key=key)
 
 

@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 import pandas as pd
 
-from adalora.report.frames import metrics_frame, modules_frame, start_of, steps_frame
+from adalora.report.frames import metrics_frame, model_name, modules_frame, start_of, steps_frame
 from adalora.report.history import History, Record
 from adalora.report.modules import family
 
@@ -109,9 +109,8 @@ def describe(block: Block, *, all_rows: int) -> str:
 
 
 def _size(history: History, modules: pd.DataFrame) -> str:
-    start, total = start_of(history), int(modules["rank"].sum())
+    name, total = model_name(history), int(modules["rank"].sum())
     first = int(modules["initial_rank"].sum())
-    name = start.get("model") or "the model"
     if total == first:
         return f"{len(modules)} modules of {name} hold {_n(total)} triplets, as at the start."
     return (
@@ -143,10 +142,7 @@ def _needless(modules: pd.DataFrame) -> str:
     empty = modules[modules["rank"] == 0]
     if empty.empty:
         return ""
-    names = [
-        f"{family(t)} of {'layer ' if r[-1:].isdigit() else ''}{r}"
-        for t, r in zip(empty["type"], empty["row"])
-    ]
+    names = [f"{family(t)} of {'layer ' if r[-1:].isdigit() else ''}{r}" for t, r in zip(empty["type"], empty["row"])]
     some = _listed(names[:4]) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
     need = "module needs" if len(empty) == 1 else "modules need"
     return f"{len(empty)} {need} no rank at all: {some}."
@@ -158,11 +154,7 @@ def _parameters(history: History, modules: pd.DataFrame) -> str:
     size = f", {done['bytes_after'] / 2**20:.2f} MiB" if done and done.get("bytes_after") else ""
     if before == after:
         return f"Adapter: {_n(after)} parameters."
-    gone = (
-        "The pruned triplets are physically gone"
-        if done
-        else "The pruned triplets are masked, not yet removed"
-    )
+    gone = "The pruned triplets are physically gone" if done else "The pruned triplets are masked, not yet removed"
     return f"Adapter: {_n(before)} to {_n(after)} parameters ({after / before - 1:+.0%}){size}. {gone}."
 
 
@@ -196,9 +188,7 @@ def _findings(findings: Sequence[Record]) -> str:
     codes = list(dict.fromkeys(r["code"] for r in findings))
     if not codes:
         return ""
-    return (
-        f"{len(codes)} {'finding needs' if len(codes) == 1 else 'findings need'} a look: {', '.join(codes)}."
-    )
+    return f"{len(codes)} {'finding needs' if len(codes) == 1 else 'findings need'} a look: {', '.join(codes)}."
 
 
 def _state(history: History) -> str:

@@ -13,6 +13,7 @@ import pandas as pd
 from adalora.report.frames import (
     allocations_frame,
     metrics_frame,
+    model_name,
     module_scores_frame,
     modules_frame,
     ranks_frame,
@@ -92,9 +93,9 @@ def heatmap(history: History, modules: pd.DataFrame) -> dict[str, Any]:
 def settings(history: History) -> list[dict[str, Any]]:
     """Groups of names and values: the run's plan, settings, versions, machine."""
     start = start_of(history)
-    plan = ("model", "total_steps", "warmup_steps", "decrease_end", "initial_budget", "target_budget")
+    plan = ("total_steps", "warmup_steps", "decrease_end", "initial_budget", "target_budget")
     groups = {
-        "Run": {name: start.get(name) for name in plan},
+        "Run": {"model": model_name(history), **{name: start.get(name) for name in plan}},
         "Settings": start.get("config"),
         "Versions": {"adalora": start.get("version"), **(start.get("versions") or {})},
         "Machine": start.get("machine"),

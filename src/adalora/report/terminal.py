@@ -55,9 +55,7 @@ class WatchState:
         if event in RANK_EVENTS and record.get("ranks"):
             self.ranks = record["ranks"]
         if event == "metric":
-            self.metrics.update(
-                {f"{record.get('split', '')} {k}".strip(): v for k, v in record["values"].items()}
-            )
+            self.metrics.update({f"{record.get('split', '')} {k}".strip(): v for k, v in record["values"].items()})
         if event == "diagnostic":
             self.findings.append(record)
         if event == "finish":
@@ -95,9 +93,7 @@ def plain_line(state: WatchState) -> str:
     ]
     if state.loss is not None:
         parts.append(f"loss {state.loss:.4g}")
-    parts += [
-        f"{name} {value:.4g}" for name, value in state.metrics.items() if isinstance(value, int | float)
-    ]
+    parts += [f"{name} {value:.4g}" for name, value in state.metrics.items() if isinstance(value, int | float)]
     if (left := state.seconds_left) is not None:
         parts.append(f"{_clock(left)} left")
     parts += [f"! {f['code']}" for f in state.findings]
@@ -142,9 +138,7 @@ def _numbers(state: WatchState) -> Text:
     parts = []
     if state.loss is not None:
         parts.append(f"loss {state.loss:.4g} (smoothed; lowest {state.lowest:.4g})")
-    parts += [
-        f"{name} {value:.4g}" for name, value in state.metrics.items() if isinstance(value, int | float)
-    ]
+    parts += [f"{name} {value:.4g}" for name, value in state.metrics.items() if isinstance(value, int | float)]
     return Text("   ".join(parts) or "no loss recorded yet", style="" if parts else "dim")
 
 

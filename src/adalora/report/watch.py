@@ -88,9 +88,7 @@ def watch(
     if once:
         _take(tail, state)
         if not state.start:
-            raise HistoryError(
-                f"no run at {str(tail.path)!r} yet: give a run's folder that holds history.jsonl"
-            )
+            raise HistoryError(f"no run at {str(tail.path)!r} yet: give a run's folder that holds history.jsonl")
         console.print(frame(state, width=console.width) if console.is_terminal else plain_line(state))
         return
     if console.is_terminal:
