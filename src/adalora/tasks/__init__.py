@@ -1,1 +1,1 @@
-"""TODO."""
+"""Recipes and the tasks that they train: data, metrics, the run."""

@@ -1,0 +1,94 @@
+"""`adalora train`, `adalora demo`, `adalora recipes`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+DEMO_RECIPE = "airline-sentiment"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command("demo")(demo)
+    app.command("train")(train)
+    app.command("recipes")(recipes)
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or a name from `adalora recipes`.")],
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a field: --set training.learning_rate=1e-3")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew where the folder holds a run.")] = False,
+) -> None:
+    """Train a recipe."""
+    from adalora.tasks.recipe_files import load_recipe
+
+    _run(load_recipe(recipe, overrides=change or []), overwrite=overwrite)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run.")] = Path("runs/demo"),
+    predict: Annotated[str | None, typer.Option("--predict", help="Answer with the trained adapter.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train again where the folder holds a run.")] = False,
+) -> None:
+    """Fine-tune MiniLM on airline tweets (about four minutes on two cores), or answer with what was trained."""
+    from rich.console import Console
+
+    from adalora.tasks.recipe_files import load_recipe
+
+    if predict is not None:
+        _answer(out, predict)
+        return
+    if not overwrite and (metrics := _finished(out)) is not None:
+        from adalora.tasks.progress import show_result
+        from adalora.tasks.runner import written
+
+        show_result(Console(), metrics, written(out))
+        typer.echo(f"{out} was trained before; to train again: adalora demo --out {out} --overwrite")
+        return
+    _run(load_recipe(DEMO_RECIPE, overrides=[f"output={json.dumps(str(out))}"]), overwrite=overwrite)
+    typer.echo(f'try it: adalora demo --out {out} --predict "my bag is lost again"')
+
+
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from adalora.tasks.recipe_files import catalogue
+
+    table = Table("name", "task", "model", "description")
+    for entry in catalogue():
+        table.add_row(*entry)
+    Console().print(table)
+
+
+def _run(recipe: Any, *, overwrite: bool) -> None:
+    from rich.console import Console
+
+    from adalora.tasks.progress import show_result
+    from adalora.tasks.runner import run_recipe
+
+    console = Console()
+    result = run_recipe(recipe, overwrite=overwrite, console=console)
+    show_result(console, result.metrics, result.files)
+
+
+def _finished(out: Path) -> dict[str, Any] | None:
+    file = out / "metrics.json"
+    if not file.is_file():
+        return None
+    metrics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return metrics
+
+
+def _answer(out: Path, text: str) -> None:
+    from adalora.tasks.prediction import predict
+
+    for label, probability in predict(out, text).items():
+        typer.echo(f"{label:10s} {probability:6.1%}")

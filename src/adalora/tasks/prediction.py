@@ -1,0 +1,40 @@
+"""Answers from a saved adapter, with stock PEFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from adalora.errors import AdapterFileError
+from adalora.tasks.recipe_files import load_recipe
+
+
+def load_saved(run: Path) -> tuple[Any, Any]:
+    """Model and tokenizer of a finished run: the base model with the saved adapter in stock PEFT.
+
+    Raises:
+        AdapterFileError: The folder holds no finished run.
+    """
+    adapter = run / "adapter"
+    if not (adapter / "labels.json").is_file():
+        raise AdapterFileError(f"{run} holds no trained adapter; train one first: adalora demo --out {run}")
+    labels = {int(k): v for k, v in json.loads((adapter / "labels.json").read_text(encoding="utf-8")).items()}
+    recipe = load_recipe(run / "recipe.yaml")
+    base = AutoModelForSequenceClassification.from_pretrained(
+        recipe.model.resolve(), num_labels=len(labels), id2label=labels, dtype=torch.float32
+    )
+    return PeftModel.from_pretrained(base, adapter).eval(), AutoTokenizer.from_pretrained(adapter)
+
+
+@torch.inference_mode()
+def predict(run: Path, text: str) -> dict[str, float]:
+    """Probability of each label for one text, highest first."""
+    model, tokenizer = load_saved(run)
+    scores = model(**tokenizer(text, return_tensors="pt", truncation=True)).logits[0].softmax(dim=-1)
+    pairs = {model.config.id2label[n]: float(p) for n, p in enumerate(scores)}
+    return dict(sorted(pairs.items(), key=lambda pair: -pair[1]))

