@@ -41,9 +41,7 @@ def test_report_goes_beside_the_history(call, runs):
 
 
 def test_several_runs_and_a_file(call, runs):
-    code, _, _ = call(
-        "report", runs / "seed0", runs / "seed1" / "history.jsonl", "--out", runs / "new" / "r.html"
-    )
+    code, _, _ = call("report", runs / "seed0", runs / "seed1" / "history.jsonl", "--out", runs / "new" / "r.html")
     assert code == 0
     html = (runs / "new" / "r.html").read_text()
     assert "2 runs compared" in html
@@ -68,6 +66,7 @@ def test_watch_once(call, runs):
     code, out, _ = call("watch", runs / "seed0", "--once")
     assert code == 0
     assert out.startswith("step 100/100 | finished | budget 96 | live 96 | loss ")
+    assert len(out.splitlines()) == 1
 
 
 def test_watch_once_without_a_run(call, tmp_path):

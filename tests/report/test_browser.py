@@ -7,6 +7,7 @@ import pytest
 from browser import chromium, resize, scheme
 from synthetic import LLAMA, run
 
+from adalora.report.diagnostics import diagnose
 from adalora.report.frames import modules_frame, ranks_frame
 from adalora.report.history import History
 from adalora.report.html import build_report
@@ -44,7 +45,9 @@ def one(folder, history):
 
 @pytest.fixture(scope="module")
 def three(folder):
-    return build_report([run(layers=6, seed=seed) for seed in range(3)], folder / "three.html")
+    bad = run(layers=6, final=0.04, dead_modules=(3, 9))
+    names = ["a_rather_long_name_of_a_run-learning_rate-1e-3", "b", "c"]
+    return build_report([bad, run(seed=1), run(seed=2)], folder / "three.html", names=names)
 
 
 def show(page, path, *, width=1280, colours="light"):
@@ -110,6 +113,18 @@ def test_numbers_beside_the_plots(page, one, history):
         assert [int(budget), int(live), int(pruned), int(revived)] == [
             record[k] for k in ("budget", "live", "pruned", "revived")
         ]
+
+
+def test_findings_are_those_of_the_diagnostics(page, three):
+    show(page, three)
+    cards = page.execute_script(LISTED.format("#r0 .finding", "e.innerText"))
+    found = diagnose(run(layers=6, final=0.04, dead_modules=(3, 9)))
+    assert len(cards) == len(found) == 2
+    for card, finding in zip(cards, found):
+        assert finding["code"] in card
+        assert finding["message"][1:] in card
+        assert finding["cure"] in card
+    assert page.execute_script(LISTED.format("#r1 .finding", "e.innerText")) == []
 
 
 def test_the_slider_by_keyboard_shows_earlier_ranks(page, one, history):

@@ -89,7 +89,10 @@ def watch(
         _take(tail, state)
         if not state.start:
             raise HistoryError(f"no run at {str(tail.path)!r} yet: give a run's folder that holds history.jsonl")
-        console.print(frame(state, width=console.width) if console.is_terminal else plain_line(state))
+        if console.is_terminal:
+            console.print(frame(state, width=console.width))
+        else:
+            console.print(plain_line(state), soft_wrap=True)
         return
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
