@@ -35,17 +35,11 @@ def save_adalora(folder, *, prune):
     return model
 
 
-def load_adalora(folder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return load_peft(folder)
-
-
 @pytest.mark.parametrize("prune", [False, True])
 @pytest.mark.parametrize("format", ["portable", "ragged"])
 def test_peft_adalora_becomes_plain_lora_exactly(tmp_path, prune, format):
     save_adalora(tmp_path / "a", prune=prune)
-    wanted = logits(load_adalora(tmp_path / "a"))
+    wanted = logits(load_peft(tmp_path / "a"))
     report = export_adapter(tmp_path / "a", tmp_path / "out", format=format)
     assert report.error < 1e-6
     got = logits(load_peft(tmp_path / "out"))
@@ -66,7 +60,7 @@ def test_a_null_total_step_does_not_matter(tmp_path):
     wanted = read_adapter(tmp_path / "a")
     change(tmp_path / "a", total_step=None)
     with pytest.raises(ValueError, match="total_step"):
-        load_adalora(tmp_path / "a")  # what stock PEFT says
+        load_peft(tmp_path / "a")  # what stock PEFT says
     got = read_adapter(tmp_path / "a")
     assert torch.equal(got.factors[NAME].delta(), wanted.factors[NAME].delta())
 
@@ -142,9 +136,7 @@ def test_the_released_loralib(tmp_path, ranknum):
     assert torch.allclose(got.float(), wanted, rtol=1e-4, atol=1e-4)
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["modules_to_save"] == ["classifier"]
-    assert set(load_file(str(tmp_path / "out/adapter_model.safetensors"))) >= {
-        "base_model.model.classifier.weight"
-    }
+    assert set(load_file(str(tmp_path / "out/adapter_model.safetensors"))) >= {"base_model.model.classifier.weight"}
 
 
 def test_plain_loralib_and_bad_state_dicts(tmp_path):

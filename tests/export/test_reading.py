@@ -59,9 +59,7 @@ def test_embeddings_and_convolutions(tmp_path):
             self.words = nn.Embedding(11, 6)
             self.one, self.two = nn.Conv1d(6, 5, 3), nn.Conv2d(2, 4, (3, 2))
 
-    model = peft.get_peft_model(
-        Net(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["words", "one", "two"])
-    )
+    model = peft.get_peft_model(Net(), peft.LoraConfig(r=2, lora_alpha=3, target_modules=["words", "one", "two"]))
     for name, p in model.named_parameters():
         if "lora_" in name:
             nn.init.normal_(p)
@@ -196,9 +194,7 @@ def test_names_with_an_adapter_name_or_without_prefix(tmp_path):
 
 
 def test_a_trained_head_is_kept_apart(tmp_path):
-    live = peft.get_peft_model(
-        llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    )
+    live = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
     live.save_pretrained(tmp_path)
     adapter = read_adapter(tmp_path)
     assert list(adapter.extras) == ["base_model.model.lm_head.weight"]

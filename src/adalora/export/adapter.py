@@ -184,9 +184,7 @@ def make_factor(name: str, A: Tensor, B: Tensor, scale: float | Tensor, *, kind:
         if A.dim() != B.dim() or any(n != 1 for n in B.shape[2:]):
             raise AdapterFileError(f"{shapes} are no convolution's LoRA")
         if B.shape[1] != A.shape[0]:
-            raise AdapterFileError(
-                f"{shapes} are of a grouped convolution, which has no low-rank ΔW; keep it in PEFT"
-            )
+            raise AdapterFileError(f"{shapes} are of a grouped convolution, which has no low-rank ΔW; keep it in PEFT")
         kind, kernel = "conv", tuple(A.shape[1:])
         A, B = A.flatten(1), B.flatten(1)
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:

@@ -116,9 +116,7 @@ def load_base(model: str, adapter: Adapter) -> Base:
     sites = {name: site for name, module in skeleton.named_modules() if (site := _site(module)) is not None}
     missing = [name for name in adapter.factors if name not in sites]
     if missing:
-        raise AdapterFileError(
-            f"{model} has no module {missing[0]!r} ({len(missing)} of the adapter's are missing)"
-        )
+        raise AdapterFileError(f"{model} has no module {missing[0]!r} ({len(missing)} of the adapter's are missing)")
     for name, f in adapter.factors.items():
         site = sites[name]
         if (site.d_out, site.d_in) != (f.d_out, f.d_in):
@@ -126,9 +124,7 @@ def load_base(model: str, adapter: Adapter) -> Base:
                 f"shape mismatch at {name}: the adapter's ΔW is {f.d_out}×{f.d_in}, "
                 f"the weight in {model} is {site.d_out}×{site.d_in}"
             )
-    layers = (
-        config.get("num_hidden_layers") or (config.get("text_config") or {}).get("num_hidden_layers") or 0
-    )
+    layers = config.get("num_hidden_layers") or (config.get("text_config") or {}).get("num_hidden_layers") or 0
     return Base(sites, True, config, int(layers))
 
 
@@ -192,6 +188,7 @@ def model_classes(config: Any, adapter: Adapter) -> list[type]:
     names = [mapping.get("base_model_class")] if isinstance(mapping, dict) else []
     names += list(getattr(config, "architectures", None) or [])
     named = [getattr(transformers, n, None) for n in names if isinstance(n, str)]
+    named = [c for c in named if getattr(c, "config_class", None) is type(config)]
     found = [task, *named, transformers.AutoModelForCausalLM, transformers.AutoModel]
     return [c for c in found if isinstance(c, type)]
 

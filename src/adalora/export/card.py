@@ -32,9 +32,7 @@ _AUTO = {
 }
 
 
-def loading_lines(
-    adapter: Adapter, format: str, name: str, base: str, rank: int
-) -> list[tuple[str, str, str]]:
+def loading_lines(adapter: Adapter, format: str, name: str, base: str, rank: int) -> list[tuple[str, str, str]]:
     """How to load an export in each stack that takes its layout: (title, language, lines)."""
     auto = _AUTO.get(str(adapter.config.get("task_type")), "AutoModelForCausalLM")
     peft = ("PEFT", "python", _CAUSAL.format(auto=auto, base=base, name=name))
@@ -45,9 +43,7 @@ def loading_lines(
     )
     decoder = auto == "AutoModelForCausalLM"
     if format == "merged":
-        return [
-            ("transformers", "python", f'from transformers import {auto}\n\n{auto}.from_pretrained("{name}")')
-        ]
+        return [("transformers", "python", f'from transformers import {auto}\n\n{auto}.from_pretrained("{name}")')]
     if format == "mlx":
         return [("MLX-LM", "bash", f"mlx_lm.server --model {base} --adapter-path {name}")]
     if not decoder or format == "peft-adalora":
@@ -100,9 +96,7 @@ def read_scores(path: str | os.PathLike[str]) -> dict[str, float]:
             found = json.loads(lines)
         return {str(k): float(v) for k, v in found.items() if isinstance(v, int | float) and math.isfinite(v)}
     except (json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise AdapterFileError(
-            f"{file}: an object of numbers or a history.jsonl is wanted ({error})"
-        ) from error
+        raise AdapterFileError(f"{file}: an object of numbers or a history.jsonl is wanted ({error})") from error
 
 
 def render_card(

@@ -153,9 +153,7 @@ def budget_parameters(adapter: Adapter, budget: float) -> int:
     wanted = int(adapter.parameters * budget + 1e-9) if budget <= 1 else int(budget)
     least = min((f.d_out + f.d_in for f in adapter.factors.values()), default=0)
     if wanted < least:
-        raise AdapterFileError(
-            f"budget of {wanted} parameters keeps nothing; one triplet costs at least {least}"
-        )
+        raise AdapterFileError(f"budget of {wanted} parameters keeps nothing; one triplet costs at least {least}")
     return wanted
 
 

@@ -63,9 +63,7 @@ class _Triplets(nn.Module):
         return total
 
 
-def sensitivities(
-    model: nn.Module, adapter: Adapter, batches: Iterable[Any], loss: Loss
-) -> dict[str, Tensor]:
+def sensitivities(model: nn.Module, adapter: Adapter, batches: Iterable[Any], loss: Loss) -> dict[str, Tensor]:
     """Mean of (λ_i · ∂loss/∂λ_i)² over batches: how much the loss depends on each triplet.
 
     It is the empirical Fisher estimate of what cutting λ_i to 0 costs, λ² F / 2 up to the factor.

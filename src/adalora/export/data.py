@@ -33,9 +33,7 @@ class Measure:
     score_name: str
 
 
-def read_rows(
-    path: str | os.PathLike[str], *, text: str = "text", label: str | None = "label"
-) -> list[dict[str, Any]]:
+def read_rows(path: str | os.PathLike[str], *, text: str = "text", label: str | None = "label") -> list[dict[str, Any]]:
     """Read the text (and label, where there is such a column) of a JSONL or CSV file.
 
     Args:
@@ -97,9 +95,7 @@ def measure_file(
     rows = read_rows(path, text=text, label=label)[:limit]
     classes = type(model).__name__.endswith("ForSequenceClassification")
     if classes and "label" not in rows[0]:
-        raise AdapterFileError(
-            f"{type(model).__name__} needs a column of labels; name it with --label-column"
-        )
+        raise AdapterFileError(f"{type(model).__name__} needs a column of labels; name it with --label-column")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     batches = []

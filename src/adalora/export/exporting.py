@@ -86,9 +86,7 @@ def compare(wanted: Adapter, got: Adapter) -> tuple[float, dict[str, float]]:
 
 
 def _without_clean(adapter: Adapter) -> Truncation:
-    return Truncation(
-        adapter, 1.0, dict.fromkeys(adapter.factors, 0.0), adapter.parameters, adapter.parameters
-    )
+    return Truncation(adapter, 1.0, dict.fromkeys(adapter.factors, 0.0), adapter.parameters, adapter.parameters)
 
 
 def export_adapter(
@@ -206,9 +204,7 @@ def _extra_files(
     if format == "gguf-ragged" and tree.known:
         known = any(name in ARCHITECTURES for name in tree.config.get("architectures") or ())
         if not known:
-            return (
-                "no .gguf written for this architecture; convert the folder with convert_lora_to_gguf.py",
-            )
+            return ("no .gguf written for this architecture; convert the folder with convert_lora_to_gguf.py",)
         try:
             write_gguf(work / "adapter.gguf", adapter, tree.config, dtype=dtype)
         except AdapterFileError as error:

@@ -54,14 +54,10 @@ def _check_entry(name: str, entry: Any, data_bytes: int, where: str) -> tuple[in
     except (TypeError, KeyError, ValueError):
         raise AdapterFileError(f"{where}: header entry of {name!r} is malformed") from None
     if dtype not in _ITEM_BITS or not whole or len(shape) > 8:
-        raise AdapterFileError(
-            f"{where}: {name!r} has dtype {dtype!r} and shape {shape!r}, which no tensor has"
-        )
+        raise AdapterFileError(f"{where}: {name!r} has dtype {dtype!r} and shape {shape!r}, which no tensor has")
     size = math.prod(shape) * _ITEM_BITS[dtype] // 8
     if end - begin != size or end > data_bytes:
-        raise AdapterFileError(
-            f"{where}: {name!r} needs {size} bytes, its header says {begin}..{end} of {data_bytes}"
-        )
+        raise AdapterFileError(f"{where}: {name!r} needs {size} bytes, its header says {begin}..{end} of {data_bytes}")
     return begin, end
 
 
@@ -159,9 +155,7 @@ def check_output(out: Path, *, overwrite: bool) -> None:
     if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:
-        raise AdapterFileError(
-            f"output {out} exists and is not empty; name another folder or add --overwrite"
-        )
+        raise AdapterFileError(f"output {out} exists and is not empty; name another folder or add --overwrite")
     if not any((out / name).is_file() for name in (CONFIG_NAME, "config.json")):
         raise AdapterFileError(f"output {out} holds neither an adapter nor a model; it is not overwritten")
 

@@ -52,9 +52,7 @@ def next_rank(rank: int, multiple: int | None = None) -> int:
     for size in ALLOWED_RANKS:
         if rank <= size:
             return size
-    raise AdapterFileError(
-        f"rank {rank} is above {ALLOWED_RANKS[-1]}, the most a server takes; use --budget or ragged"
-    )
+    raise AdapterFileError(f"rank {rank} is above {ALLOWED_RANKS[-1]}, the most a server takes; use --budget or ragged")
 
 
 def to_tensors(factor: Factor, *, rank: int, scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -75,9 +73,7 @@ def to_tensors(factor: Factor, *, rank: int, scale: float, dtype: torch.dtype) -
     A = torch.nn.functional.pad(A, (0, 0, 0, more)).to(dtype).contiguous()
     B = torch.nn.functional.pad(B, (0, more)).to(dtype).contiguous()
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-        raise AdapterFileError(
-            f"{factor.name}: values above the range of {dtype}; use --dtype bfloat16 or float32"
-        )
+        raise AdapterFileError(f"{factor.name}: values above the range of {dtype}; use --dtype bfloat16 or float32")
     name = PREFIX + factor.name
     if factor.kind == "embedding":
         return {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}
@@ -112,17 +108,13 @@ def portable(adapter: Adapter, base: Base, *, dtype: torch.dtype, rank_multiple:
     sites = {
         name: site
         for name, site in base.sites.items()
-        if name.rsplit(".", 1)[-1] in leaves
-        and site.kind != "conv"
-        and not any(m in name.split(".") for m in saved)
+        if name.rsplit(".", 1)[-1] in leaves and site.kind != "conv" and not any(m in name.split(".") for m in saved)
     }
     filled, notes = fused_siblings(sites, base)
     factors = {name: live.get(name) or zero_factor(name, site) for name, site in {**sites, **filled}.items()}
     factors.update({name: f for name, f in live.items() if name not in factors})
     if not base.known:
-        notes.append(
-            "number of layers taken from the adapter's own names; give --base to check it against the model"
-        )
+        notes.append("number of layers taken from the adapter's own names; give --base to check it against the model")
     tensors: dict[str, Tensor] = {}
     for factor in factors.values():
         tensors.update(to_tensors(factor, rank=rank, scale=1.0, dtype=dtype))
@@ -155,9 +147,7 @@ def ragged(adapter: Adapter, base: Base, *, dtype: torch.dtype, rank_multiple: i
     return _ragged(adapter, base, dtype=dtype, rank_multiple=rank_multiple, with_alpha=True)
 
 
-def gguf_ragged(
-    adapter: Adapter, base: Base, *, dtype: torch.dtype, rank_multiple: int | None = None
-) -> Layout:
+def gguf_ragged(adapter: Adapter, base: Base, *, dtype: torch.dtype, rank_multiple: int | None = None) -> Layout:
     """Like `ragged` for servers that divide one global alpha by each tensor's own rank (llama.cpp's rule).
 
     There is no alpha_pattern; lora_B is pre-scaled by r_i/alpha. PEFT computes the same ΔW.
@@ -171,9 +161,7 @@ def gguf_ragged(
     return _ragged(adapter, base, dtype=dtype, rank_multiple=rank_multiple, with_alpha=False)
 
 
-def _ragged(
-    adapter: Adapter, base: Base, *, dtype: torch.dtype, rank_multiple: int | None, with_alpha: bool
-) -> Layout:
+def _ragged(adapter: Adapter, base: Base, *, dtype: torch.dtype, rank_multiple: int | None, with_alpha: bool) -> Layout:
     live = {name: f for name, f in adapter.factors.items() if f.rank}
     if not live:
         raise AdapterFileError("every module has rank 0; there is nothing to write (use --format portable)")
@@ -195,9 +183,7 @@ def _ragged(
     return Layout(config, {**tensors, **_extras(adapter, dtype)})
 
 
-def peft_adalora(
-    adapter: Adapter, base: Base, *, dtype: torch.dtype, rank_multiple: int | None = None
-) -> Layout:
+def peft_adalora(adapter: Adapter, base: Base, *, dtype: torch.dtype, rank_multiple: int | None = None) -> Layout:
     """PEFT's own AdaLoRA type, pruned: for code that expects it.
 
     Args:

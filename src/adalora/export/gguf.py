@@ -38,9 +38,7 @@ def require_gguf() -> Any:
     try:
         import gguf
     except ImportError:
-        raise AdapterFileError(
-            "writing GGUF needs the gguf package: pip install 'adalora[serving]'"
-        ) from None
+        raise AdapterFileError("writing GGUF needs the gguf package: pip install 'adalora[serving]'") from None
     return gguf
 
 
@@ -81,9 +79,7 @@ def gguf_tensors(adapter: Adapter, config: Mapping[str, Any]) -> tuple[str, floa
     gguf = require_gguf()
     arch, permuted = _architecture(config)
     if adapter.extras:
-        raise AdapterFileError(
-            f"{next(iter(adapter.extras))} is no LoRA matrix; llama.cpp takes none beside them"
-        )
+        raise AdapterFileError(f"{next(iter(adapter.extras))} is no LoRA matrix; llama.cpp takes none beside them")
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(number, int(config["num_hidden_layers"]))
     alpha = float(max(adapter.max_rank, 1))
@@ -110,9 +106,7 @@ def _permuted(B: Tensor, f: Factor, config: Mapping[str, Any]) -> Tensor:
     return B
 
 
-def write_gguf(
-    path: Path, adapter: Adapter, config: Mapping[str, Any], *, dtype: torch.dtype = torch.float32
-) -> Path:
+def write_gguf(path: Path, adapter: Adapter, config: Mapping[str, Any], *, dtype: torch.dtype = torch.float32) -> Path:
     """Write one LoRA GGUF file.
 
     Args:

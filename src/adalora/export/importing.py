@@ -64,23 +64,18 @@ def _masks(pattern: Any) -> dict[str, Tensor]:
     for key, value in pattern.items():
         flat = torch.tensor(value).flatten() if isinstance(value, list) else torch.empty(0)
         if flat.numel() == 0 or not all(v in (0, 1) for v in flat.tolist()):
-            raise AdapterFileError(
-                f"rank_pattern[{key!r}] is {str(value)[:60]}; a list of booleans is wanted"
-            )
+            raise AdapterFileError(f"rank_pattern[{key!r}] is {str(value)[:60]}; a list of booleans is wanted")
         masks[key.split(".lora_E")[0].removeprefix("base_model.model.")] = flat.bool()
     return masks
 
 
 def _triplets(name: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     if not {"lora_A", "lora_B", "lora_E"} <= set(parts):
-        raise AdapterFileError(
-            f"{name}: {', '.join(sorted(parts))} are there; lora_A, lora_B and lora_E are wanted"
-        )
+        raise AdapterFileError(f"{name}: {', '.join(sorted(parts))} are there; lora_A, lora_B and lora_E are wanted")
     A, B, E = parts["lora_A"], parts["lora_B"], parts["lora_E"].flatten()
     if A.dim() != 2 or B.dim() != 2 or not A.shape[0] == B.shape[1] == E.shape[0]:
         raise AdapterFileError(
-            f"{name}: lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)} and lora_E {tuple(E.shape)} "
-            "do not share a rank"
+            f"{name}: lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)} and lora_E {tuple(E.shape)} do not share a rank"
         )
     return A, B, E
 
@@ -91,8 +86,7 @@ def _masked(name: str, A: Tensor, B: Tensor, E: Tensor, mask: Tensor | None) -> 
         return A, B, E
     if mask.shape[0] != E.shape[0]:
         raise AdapterFileError(
-            f"{name}: rank_pattern keeps {int(mask.sum())} of {mask.shape[0]} triplets, "
-            f"the file has {E.shape[0]}"
+            f"{name}: rank_pattern keeps {int(mask.sum())} of {mask.shape[0]} triplets, the file has {E.shape[0]}"
         )
     return A[mask], B[:, mask], E[mask]
 
@@ -138,9 +132,7 @@ def adapter_from_loralib(
             rank = parts["lora_A"].shape[0]
             factors[name] = make_factor(name, parts["lora_A"], parts["lora_B"], alpha / max(rank, 1))
         else:
-            raise AdapterFileError(
-                f"{name}: {', '.join(sorted(parts))} are there; lora_A and lora_B are wanted"
-            )
+            raise AdapterFileError(f"{name}: {', '.join(sorted(parts))} are there; lora_A and lora_B are wanted")
     trained = {key: t for key, t in others.items() if key.split(".")[0] in head}
     config = {
         "base_model_name_or_path": base_model,

@@ -54,18 +54,14 @@ def load_model(model: str, adapter: Adapter, *, dtype: torch.dtype | None = None
         try:
             with quiet():
                 made: Any = cls
-                loaded = made.from_pretrained(
-                    model, config=config, dtype=dtype or "auto", trust_remote_code=False
-                )
+                loaded = made.from_pretrained(model, config=config, dtype=dtype or "auto", trust_remote_code=False)
         except (OSError, ValueError) as error:
             _log.debug("%s does not load %s: %s", cls.__name__, model, error)
             continue
         names = {name for name, _ in loaded.named_modules()}
         if all(name in names for name in adapter.factors):
             return loaded
-    raise AdapterFileError(
-        f"{model!r} has not the adapter's modules (such as {next(iter(adapter.factors))!r})"
-    )
+    raise AdapterFileError(f"{model!r} has not the adapter's modules (such as {next(iter(adapter.factors))!r})")
 
 
 def add_factor(module: torch.nn.Module, factor: Factor) -> None:
@@ -85,9 +81,7 @@ def add_factor(module: torch.nn.Module, factor: Factor) -> None:
             f"shape mismatch at {factor.name}: ΔW {tuple(delta.shape)}, weight {tuple(weight.shape)}"
         )
     with torch.no_grad():
-        weight.copy_(
-            (weight.to(delta.dtype) + delta.reshape(weight.shape).to(weight.device)).to(weight.dtype)
-        )
+        weight.copy_((weight.to(delta.dtype) + delta.reshape(weight.shape).to(weight.device)).to(weight.dtype))
 
 
 def untie(model: Any, adapter: Adapter) -> bool:
@@ -96,12 +90,12 @@ def untie(model: Any, adapter: Adapter) -> bool:
     Returns:
         Whether the pair was tied and now is not.
     """
+    if not hasattr(model, "get_output_embeddings"):
+        return False
     head, words = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or words is None or head.weight is not words.weight:
         return False
-    changed = [
-        name for name, module in model.named_modules() if module in (head, words) and name in adapter.factors
-    ]
+    changed = [name for name, module in model.named_modules() if module in (head, words) and name in adapter.factors]
     if not changed:
         return False
     head.weight = torch.nn.Parameter(words.weight.detach().clone())
@@ -121,20 +115,19 @@ def merge(model: Any, adapter: Adapter) -> Any:
     """
     if untie(model, adapter):
         _log.info("the output head gets its own weight")
-    modules = dict(model.named_modules())
-    for name, factor in adapter.factors.items():
-        if factor.rank:
-            add_factor(modules[name], factor)
+    # First the weights that the file brings, such as a saved embedding, then the changes to them.
     parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for key, tensor in adapter.extras.items():
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         target = parameters.get(name)
         if target is None or target.shape != tensor.shape:
-            raise AdapterFileError(
-                f"{name} {tuple(tensor.shape)} of the adapter has no place in the base model"
-            )
+            raise AdapterFileError(f"{name} {tuple(tensor.shape)} of the adapter has no place in the base model")
         with torch.no_grad():
             target.copy_(tensor)
+    modules = dict(model.named_modules())
+    for name, factor in adapter.factors.items():
+        if factor.rank:
+            add_factor(modules[name], factor)
     return model
 
 

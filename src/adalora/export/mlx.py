@@ -26,15 +26,11 @@ def mlx_refusal(adapter: Adapter) -> str | None:
         return f"{next(iter(adapter.extras))} is no LoRA matrix; MLX-LM loads lora_a and lora_b only"
     prefixes = {place[0] for f in adapter.factors.values() if (place := split_layer(f.name)) and f.rank}
     if len(prefixes) > 1:
-        return (
-            f"layers under {' and '.join(sorted(prefixes))}; MLX-LM serves decoders with one stack of layers"
-        )
+        return f"layers under {' and '.join(sorted(prefixes))}; MLX-LM serves decoders with one stack of layers"
     return None
 
 
-def mlx_layout(
-    adapter: Adapter, base: Base, *, dtype: torch.dtype
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def mlx_layout(adapter: Adapter, base: Base, *, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors of an MLX-LM adapter.
 
     Args:

@@ -52,9 +52,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     config = read_json(_config_file(folder))
     kind = str(config.get("peft_type", "")).upper()
     if kind not in ("LORA", "ADALORA"):
-        raise AdapterFileError(
-            f"{folder}: peft_type {config.get('peft_type')!r}; allowed are LORA and ADALORA"
-        )
+        raise AdapterFileError(f"{folder}: peft_type {config.get('peft_type')!r}; allowed are LORA and ADALORA")
     tensors = read_tensors(_weights_file(folder))
     if kind == "ADALORA":
         from adalora.export.importing import adapter_from_adalora
@@ -108,16 +106,12 @@ def split_keys(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tenso
         match = _FACTOR_KEY.fullmatch(key)
         if match is None:
             if ".lora_" in key:
-                raise AdapterFileError(
-                    f"tensor {key!r} is none of plain LoRA's; its method has no plain form"
-                )
+                raise AdapterFileError(f"tensor {key!r} is none of plain LoRA's; its method has no plain form")
             extras[key] = tensor
             continue
         parts = modules.setdefault(match["module"].removeprefix(PREFIX), {})
         if match["which"] in parts:
-            raise AdapterFileError(
-                f"{match['module']}: {match['which']} is there twice (two adapters in one file?)"
-            )
+            raise AdapterFileError(f"{match['module']}: {match['which']} is there twice (two adapters in one file?)")
         parts[match["which"]] = tensor
     return modules, extras
 
@@ -143,12 +137,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def _number(value: Any, what: str) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or value == 0
-    ):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value == 0:
         raise AdapterFileError(f"{what} is {value!r}; a finite number other than 0 is wanted")
     return float(value)
 

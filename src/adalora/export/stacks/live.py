@@ -50,9 +50,7 @@ def skeleton(root: nn.Module, served: Served) -> nn.Module:
     tensors = read_tensors(served.folder / WEIGHTS_NAME)
     wanted: dict[str, Site] = dict(served.base.sites)
     for name, (B, A) in served.pairs.items():
-        kind = (
-            "embedding" if name in served.embeddings else "conv" if name in served.convolutions else "linear"
-        )
+        kind = "embedding" if name in served.embeddings else "conv" if name in served.convolutions else "linear"
         wanted.setdefault(name, Site(kind, B.shape[0], A.shape[1]))  # type: ignore[arg-type]
     for name, site in wanted.items():
         if site.kind == "conv" and name not in served.convolutions:
@@ -103,9 +101,7 @@ def peft(served: Served) -> Effective:
         try:
             config = PeftConfig.from_pretrained(str(served.folder))
             config.task_type = None  # the wrapper of a task wants a model's methods
-            model = PeftModel.from_pretrained(
-                skeleton(nn.Module(), served), str(served.folder), config=config
-            )
+            model = PeftModel.from_pretrained(skeleton(nn.Module(), served), str(served.folder), config=config)
         except Exception as error:  # whatever PEFT raises is its refusal
             raise Refused(_line(error)) from error
     _check_extras(served, get_peft_model_state_dict(model))

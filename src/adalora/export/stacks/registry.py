@@ -34,15 +34,9 @@ class Stack:
 
 STACKS: tuple[Stack, ...] = (
     Stack("PEFT", "installed", "peft.PeftModel.from_pretrained", live.peft, decoders_only=False),
-    Stack(
-        "transformers", "installed", "PreTrainedModel.load_adapter", live.transformers, decoders_only=False
-    ),
-    Stack(
-        "vLLM ≥ 0.32", "0.33.0", "vllm/lora/peft_helper.py, lora_weights.py", servers.vllm_new, extras="loads"
-    ),
-    Stack(
-        "vLLM ≤ 0.31", "0.31.0", "vllm/lora/peft_helper.py, lora_weights.py", servers.vllm_old, extras="loads"
-    ),
+    Stack("transformers", "installed", "PreTrainedModel.load_adapter", live.transformers, decoders_only=False),
+    Stack("vLLM ≥ 0.32", "0.33.0", "vllm/lora/peft_helper.py, lora_weights.py", servers.vllm_new, extras="loads"),
+    Stack("vLLM ≤ 0.31", "0.31.0", "vllm/lora/peft_helper.py, lora_weights.py", servers.vllm_old, extras="loads"),
     Stack("SGLang", "0.5.23", "sglang/srt/lora/lora.py, mem_pool.py", servers.sglang, extras="drops"),
     Stack(
         "TGI",
@@ -74,9 +68,7 @@ STACKS: tuple[Stack, ...] = (
         converters.ollama,
         note="give it the GGUF",
     ),
-    Stack(
-        "TensorRT-LLM", "commit 007e181", "tensorrt_llm/lora_manager.py", servers.tensorrt_llm, extras="drops"
-    ),
+    Stack("TensorRT-LLM", "commit 007e181", "tensorrt_llm/lora_manager.py", servers.tensorrt_llm, extras="drops"),
     Stack("LMDeploy", "0.18.0", "lmdeploy/pytorch/adapter/adapter.py, nn/linear/lora.py", servers.lmdeploy),
     Stack(
         "Olive",

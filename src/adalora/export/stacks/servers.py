@@ -69,12 +69,8 @@ def sglang(served: Served) -> Effective:
         if layer is not None:
             layers.setdefault(layer, set()).add(leaf)
     for layer, leaves in layers.items():
-        refuse(
-            "q_proj" in leaves and "v_proj" not in leaves, f"layer {layer}: q_proj without v_proj (KeyError)"
-        )
-        refuse(
-            leaves & {"k_proj", "v_proj"} and "q_proj" not in leaves, f"layer {layer}: k or v without q_proj"
-        )
+        refuse("q_proj" in leaves and "v_proj" not in leaves, f"layer {layer}: q_proj without v_proj (KeyError)")
+        refuse(leaves & {"k_proj", "v_proj"} and "q_proj" not in leaves, f"layer {layer}: k or v without q_proj")
         refuse("up_proj" in leaves and "gate_proj" not in leaves, f"layer {layer}: up_proj without gate_proj")
     return found
 
