@@ -19,9 +19,7 @@ Alpha = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in OUT.")]
-Dtype = Annotated[
-    str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; as in ADAPTER by default.")
-]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; as in ADAPTER by default.")]
 Multiple = Annotated[int | None, typer.Option("--rank-multiple", help="Pad ranks to a multiple of this.")]
 
 
@@ -73,9 +71,7 @@ def export(
     budget: Annotated[
         float | None, typer.Option("--budget", help="Keep this share (up to 1), or number, of parameters.")
     ] = None,
-    clean: Annotated[
-        bool, typer.Option("--clean/--no-clean", help="Re-orthonormalise the triplets exactly.")
-    ] = True,
+    clean: Annotated[bool, typer.Option("--clean/--no-clean", help="Re-orthonormalise the triplets exactly.")] = True,
     mlx: Annotated[bool, typer.Option("--mlx/--no-mlx", help="Portable: MLX-LM's files in OUT/mlx.")] = True,
     scores: Annotated[
         str | None, typer.Option("--scores", help="JSON of numbers, or history.jsonl, for the card.")
@@ -117,10 +113,7 @@ def _show_export(report: ExportReport) -> None:
         f"{report.parameters_before:,} -> {report.parameters_after:,} LoRA parameters"
     )
     if not math.isnan(report.error):
-        typer.echo(
-            f"error ‖ΔW written − ΔW‖ / ‖ΔW‖ = {report.error:.1e}, "
-            f"energy kept {100 * report.kept_energy:.2f} %"
-        )
+        typer.echo(f"error ‖ΔW written − ΔW‖ / ‖ΔW‖ = {report.error:.1e}, energy kept {100 * report.kept_energy:.2f} %")
     for note in report.notes:
         typer.secho(f"note: {note}", fg="yellow")
 
@@ -212,9 +205,7 @@ def compress(
     ] = None,
     base: Base = None,
     text_column: Annotated[str, typer.Option("--text-column", help="Column with the text.")] = "text",
-    label_column: Annotated[
-        str, typer.Option("--label-column", help="Column with the class, if any.")
-    ] = "label",
+    label_column: Annotated[str, typer.Option("--label-column", help="Column with the class, if any.")] = "label",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows a batch.")] = 8,
     max_length: Annotated[int, typer.Option("--max-length", min=2, help="Tokens a row at most.")] = 128,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Rows used at most.")] = 512,
@@ -233,9 +224,7 @@ def compress(
     source = load_source(adapter, alpha=alpha)
     if data is not None:
         options |= _measured(source, data, base, text_column, label_column, batch_size, max_length, limit)
-    report = compress_adapter(
-        source, out, budget=budget, format=format, base=base, overwrite=overwrite, **options
-    )
+    report = compress_adapter(source, out, budget=budget, format=format, base=base, overwrite=overwrite, **options)
     if as_json:
         _echo_json(_compression(report))
     else:
