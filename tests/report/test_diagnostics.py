@@ -1,11 +1,13 @@
 """Each diagnostic: raised where its condition holds, silent where it does not."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
 from synthetic import BERT, importance_of, run
 
+from adalora.config import AdaLoraConfig
 from adalora.errors import AdaLoraWarning, ConfigError, HistoryError
 from adalora.report.agreement import rank_agreement
 from adalora.report.diagnostics import (
@@ -65,6 +67,14 @@ def test_ignored(code):
 def test_every_code_has_a_cause_and_a_cure_and_a_test():
     assert set(CODES) == set(EXPLANATIONS) == {*PROVOKED, "ranks-differ-between-seeds"}
     assert all(cause and cure for cause, cure in EXPLANATIONS.values())
+
+
+def test_cures_name_settings_that_exist():
+    cures = " ".join(cure for _, cure in EXPLANATIONS.values())
+    named = set(re.findall(r"\b([a-z]+(?:_[a-z]+)+)\b|\b([a-z_]+)=", cures))
+    settings = {a or b for a, b in named} - {"lora_alpha", "target_modules"}  # these two are LoraConfig's
+    assert len(settings) >= 6
+    assert settings <= set(AdaLoraConfig.model_fields)
 
 
 @pytest.mark.parametrize(

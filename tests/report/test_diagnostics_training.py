@@ -126,10 +126,11 @@ def test_a_budget_that_suffices_for_the_hard_task():
     assert "budget-too-low" not in codes(train(ranks=(6,) * LAYERS, size=2.0, target_rank=5))
 
 
-def test_svd_triplets_that_hardly_move():
-    settings = {"parametrization": "svd", "initialization": "orthonormal"}
-    assert "slow-start" in codes(train(learning_rate=1e-7, **settings))
-    assert "slow-start" not in codes(train(learning_rate=1e-2, **settings))
+def test_without_a_hand_over_the_first_allocation_tells():
+    history = train(learning_rate=1e-7, handover=False)
+    assert history.of("allocation")[0]["update_ratio"] < 1e-4
+    assert "slow-start" in codes(history)
+    assert "slow-start" not in codes(train(handover=False))
 
 
 def test_while_it_trains():

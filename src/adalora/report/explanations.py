@@ -17,12 +17,11 @@ EXPLANATIONS: dict[str, tuple[str, str]] = {
     ),
     "ranks-unbalanced": (
         "A few modules win nearly the whole budget, often because their gradients are on a larger scale.",
-        'Set max_rank and min_rank, or budget_scope="layer"; budget_cost="parameters" if the '
-        "large matrices win; check that the starved modules are worth adapting at all.",
+        "Set max_rank and min_rank; check that the starved modules are worth adapting at all.",
     ),
     "orthogonality-not-reached": (
         "Vectors of one module point the same way: its triplets say the same thing, and their scores mislead.",
-        "Raise orthogonality_weight or set reorthonormalize=True; lower the learning rate if that is not enough.",
+        "Raise orthogonality_weight; lower the learning rate if that is not enough.",
     ),
     "slow-start": (
         "At the end of warm-up the adapter has hardly moved: learning rate or scale are too low, "
