@@ -1,0 +1,142 @@
+"""Eq. 9-14 written down literally: one module, one triplet, one number at a time.
+
+Slow on purpose and used by tests alone: plain Python numbers (float64), no stacking, no in-place updates, no
+sharing of code with the fast path, which has to give the same averages, scores, budgets and masks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from torch import Tensor
+
+
+@dataclass
+class Average:
+    """Running averages of one number's importance.
+
+    Attributes:
+        sensitivity: Ī(w), 0 before the first step.
+        uncertainty: Ū(w), 0 before the first step.
+    """
+
+    sensitivity: float = 0.0
+    uncertainty: float = 0.0
+
+    def update(self, weight_times_gradient: float, *, beta1: float, beta2: float) -> None:
+        """Eq. 12, then 10, then 11; the deviation is from the average that holds the new value already."""
+        importance = abs(weight_times_gradient)
+        self.sensitivity = beta1 * self.sensitivity + (1 - beta1) * importance
+        deviation = abs(importance - self.sensitivity)
+        self.uncertainty = beta2 * self.uncertainty + (1 - beta2) * deviation
+
+    def score(self) -> float:
+        """Eq. 13: s(w) = Ī(w)·Ū(w)."""
+        return self.sensitivity * self.uncertainty
+
+
+@dataclass
+class ReferenceModule:
+    """The triplets of one module and their averages.
+
+    Attributes:
+        d_out: Rows of P.
+        d_in: Columns of Q.
+        rank: Triplets.
+        P: Averages of P[j][i], row j of triplet i.
+        weights: Averages of λ[i].
+        Q: Averages of Q[i][j], column j of triplet i.
+    """
+
+    d_out: int
+    d_in: int
+    rank: int
+    P: list[list[Average]] = field(init=False)
+    weights: list[Average] = field(init=False)
+    Q: list[list[Average]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.P = [[Average() for _ in range(self.rank)] for _ in range(self.d_out)]
+        self.weights = [Average() for _ in range(self.rank)]
+        self.Q = [[Average() for _ in range(self.d_in)] for _ in range(self.rank)]
+
+    def observe(
+        self, *, P: Tensor, grad_P: Tensor, Q: Tensor, grad_Q: Tensor, beta1: float = 0.85, beta2: float = 0.85
+    ) -> None:
+        """One optimizer step.
+
+        λ is the length that P's column may be rescaled by: λ·∂L/∂λ = Σ_j P_ji·∂L/∂P_ji at any λ.
+
+        Args:
+            P: Factor after the step, [d_out, r], λ included.
+            grad_P: Its gradient, the same shape.
+            Q: Factor after the step, [r, d_in].
+            grad_Q: Its gradient, the same shape.
+            beta1: β1 of Eq. 10.
+            beta2: β2 of Eq. 11.
+        """
+        p, dp, q, dq = P.tolist(), grad_P.tolist(), Q.tolist(), grad_Q.tolist()
+        for i in range(self.rank):
+            total = 0.0
+            for j in range(self.d_out):
+                self.P[j][i].update(p[j][i] * dp[j][i], beta1=beta1, beta2=beta2)
+                total += p[j][i] * dp[j][i]
+            self.weights[i].update(total, beta1=beta1, beta2=beta2)
+            for j in range(self.d_in):
+                self.Q[i][j].update(q[i][j] * dq[i][j], beta1=beta1, beta2=beta2)
+
+    def scores(self) -> list[float]:
+        """Eq. 9: S_i = s(λ_i) + (1/d_out) Σ_j s(P_ji) + (1/d_in) Σ_j s(Q_ij), for every triplet i."""
+        result = []
+        for i in range(self.rank):
+            left = sum(self.P[j][i].score() for j in range(self.d_out)) / self.d_out
+            right = sum(self.Q[i][j].score() for j in range(self.d_in)) / self.d_in
+            result.append(self.weights[i].score() + left + right)
+        return result
+
+
+def reference_surplus(
+    step: int, *, initial_budget: int, target_budget: int, warmup: int, final: int, total: int
+) -> Fraction:
+    """b(t) - b_T of Eq. 14 before it is rounded down, as an exact fraction.
+
+    Args:
+        step: t, optimizer steps from 0.
+        initial_budget: b0.
+        target_budget: b_T.
+        warmup: t_i, optimizer steps.
+        final: t_f, optimizer steps.
+        total: T.
+    """
+    if step < warmup:
+        return Fraction(initial_budget - target_budget)
+    if step >= total - final:
+        return Fraction(0)
+    progress = Fraction(step - warmup, total - warmup - final)
+    return (initial_budget - target_budget) * (1 - progress) ** 3
+
+
+def reference_budget(step: int, *, initial_budget: int, target_budget: int, warmup: int, final: int, total: int) -> int:
+    """b(t) of Eq. 14 in whole triplets, rounded down; arguments as in `reference_surplus`."""
+    surplus = reference_surplus(
+        step, initial_budget=initial_budget, target_budget=target_budget, warmup=warmup, final=final, total=total
+    )
+    return target_budget + math.floor(surplus)
+
+
+def reference_keep(scores: Sequence[float], *, budget: int) -> list[bool]:
+    """Eq. 5: a triplet is kept if fewer than `budget` others come before it.
+
+    Of two triplets the one with the higher score comes first; of equal ones the one that stands first.
+    """
+    keep = []
+    for i, mine in enumerate(scores):
+        before = 0
+        for j, other in enumerate(scores):
+            if other > mine or (other == mine and j < i):
+                before += 1
+        keep.append(before < budget)
+    return keep
