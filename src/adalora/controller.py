@@ -167,8 +167,8 @@ class RankController:
             self.hand_over()
         if schedule.allocates(step):
             self._allocate(schedule.budget(step))
-        elif not self.config.revival and self.live < self.initial_budget:
-            self._apply_masks()
+        elif not self.config.revival or step > schedule.decrease_end:
+            self._apply_masks()  # what is pruned for good, and not yet removed, may not grow
         if step == schedule.decrease_end and schedule.shape != "constant":
             self._enter_final_phase()
         self._record.step(schedule, step)

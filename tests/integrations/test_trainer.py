@@ -1,0 +1,153 @@
+"""The Hugging Face Trainer with `AdaLoraCallback`."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import Dataset
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+
+import adalora
+
+# PEFT still asks transformers for a property by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+MAX_STEPS = 24
+SAVE_STEPS = 8
+
+
+class Tokens(Dataset):
+    """Random sentences, labelled by their first token."""
+
+    def __init__(self, size):
+        self.inputs = torch.randint(0, 100, (size, 10), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.inputs[i], "labels": int(self.inputs[i, 0] > 50)}
+
+
+class Watch(TrainerCallback):
+    """Notes the logits of the live model whenever a checkpoint was written."""
+
+    def __init__(self, inputs):
+        self.inputs = inputs
+        self.logits = {}
+        self.steps = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        (controller,) = adalora.controllers(kwargs["model"]).values()
+        self.steps.append((state.global_step, controller.step))
+
+    def on_save(self, args, state, control, **kwargs):
+        model = kwargs["model"]
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            self.logits[state.global_step] = model(input_ids=self.inputs).logits
+        model.train(training)
+
+
+@pytest.fixture
+def base():
+    """A tiny random BERT."""
+    torch.manual_seed(3)
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    )
+
+
+def trainer_for(base, folder, *callbacks, **settings):
+    """A Trainer with two micro-batches per optimizer step."""
+    model = get_peft_model(
+        base,
+        LoraConfig(r=6, lora_alpha=12, task_type="SEQ_CLS", target_modules=r".*encoder.*\.(query|key|value|dense)"),
+    )
+    arguments = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": MAX_STEPS,
+        "save_steps": SAVE_STEPS,
+        "logging_steps": 4,
+        "learning_rate": 5e-3,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **settings,
+    }
+    return Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), **arguments),
+        train_dataset=Tokens(64),
+        eval_dataset=Tokens(16),
+        callbacks=list(callbacks),
+    )
+
+
+def test_a_run(base, tmp_path):
+    """Steps, target, checkpoints and history of one ordinary run."""
+    pristine = copy.deepcopy(base)
+    callback = adalora.AdaLoraCallback(target_rank=2, allocation_interval=2, history=tmp_path / "history.jsonl")
+    watch = Watch(Tokens(8).inputs)
+    trainer = trainer_for(base, tmp_path / "out", callback, watch, eval_strategy="steps", eval_steps=12)
+    trainer.train()
+
+    controller = callback.controller
+    assert controller is adalora.controllers(trainer.model)["default"]
+    assert controller.finished
+    assert controller.schedule.total_steps == MAX_STEPS
+    assert controller.step == MAX_STEPS
+    assert watch.steps == [(n, n) for n in range(1, MAX_STEPS + 1)]
+    assert controller.live == controller.target_budget == 2 * len(controller.handles)
+    assert sum(h.rank for h in controller.handles) == controller.target_budget
+    assert controller.allocations > 2
+
+    assert sorted(watch.logits) == [8, 16, 24]
+    assert controller.schedule.decrease_end < 16
+    for step, logits in watch.logits.items():
+        loaded = PeftModel.from_pretrained(copy.deepcopy(pristine), tmp_path / "out" / f"checkpoint-{step}").eval()
+        with torch.no_grad():
+            difference = loaded(input_ids=watch.inputs).logits - logits
+        assert difference.abs().max() <= 1e-5
+
+    history = adalora.History.read(tmp_path / "history.jsonl")
+    losses = [r for r in history.of("step") if "loss" in r]
+    assert [r["step"] for r in losses] == [3, 7, 11, 15, 19, 23]
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert [r["loss"] for r in losses] == logged
+    assert [r["step"] for r in history.of("metric")] == [11, 23]
+    assert all(r["values"]["loss"] > 0 for r in history.of("metric"))
+    assert len(history.of("start")) == len(history.of("finish")) == 1
+    assert history.last("start")["total_steps"] == MAX_STEPS
+
+
+def test_total_steps_follow_from_epochs(base, tmp_path):
+    """64 sentences by 4 by 2 are 8 steps an epoch."""
+    callback = adalora.AdaLoraCallback(target_rank=2)
+    trainer_for(base, tmp_path, callback, max_steps=-1, num_train_epochs=2, save_strategy="no").train()
+    assert callback.controller.schedule.total_steps == callback.controller.step == 16
+    assert callback.controller.live == callback.controller.target_budget
+
+
+def test_a_run_stopped_early_still_reaches_its_target(base, tmp_path):
+    """It says so, and what is left is a valid adapter."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 6
+
+    callback = adalora.AdaLoraCallback(target_rank=2)
+    trainer = trainer_for(base, tmp_path, callback, Stop(), save_strategy="no")
+    with pytest.warns(adalora.AdaLoraWarning, match=r"training ended after 6 of 24 steps.*total_steps=6"):
+        trainer.train()
+    assert sum(h.rank for h in callback.controller.handles) == callback.controller.target_budget
+
+
+def test_callback_takes_config_or_keywords():
+    """Both at once would leave open which holds."""
+    with pytest.raises(adalora.AdaLoraError, match="target_rank"):
+        adalora.AdaLoraCallback(adalora.AdaLoraConfig(), target_rank=2)
