@@ -58,6 +58,12 @@ class RankController:
         self.handles = find_triplets(model, adapter)
         self.initial_budget = sum(h.rank for h in self.handles)
         self.target_budget = target_triplets(config, self.handles)
+        self._scorer = Scorer(self.handles, config)
+        self._record = Recorder(history, self.handles)
+        self._versions = [h.P_parameter._version for h in self.handles]
+        if total_steps is not None:
+            self.set_total_steps(total_steps)
+        # Everything is checked: only now is the model touched.
         if config.scale == "target" and fresh(self.handles):
             rslora = bool(self.handles[0].layer.use_rslora.get(adapter))
             factor = self.initial_budget / self.target_budget
@@ -65,11 +71,6 @@ class RankController:
         for h in self.handles:
             if adapter in h.layer.lora_A and isinstance(h.layer.lora_A[adapter], nn.Linear):
                 h.layer.lora_variant[adapter] = TripletVariant()
-        self._scorer = Scorer(self.handles, config)
-        self._record = Recorder(history, self.handles)
-        self._versions = [h.P_parameter._version for h in self.handles]
-        if total_steps is not None:
-            self.set_total_steps(total_steps)
 
     @property
     def model(self) -> nn.Module:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
+from types import FrameType
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from adalora.config import AdaLoraConfig
 from adalora.controller import RankController
@@ -18,12 +20,30 @@ from adalora.report.history import History
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, dict[str, RankController]] = weakref.WeakKeyDictionary()
 
 
+# The frame of the outermost `step` of an optimizer that is running. Where a subclass calls `super().step()` torch runs
+# the hooks for both; only the outer one is a real step. A frame left behind by an exception is no longer on the stack.
+_RUNNING: weakref.WeakKeyDictionary[Optimizer, FrameType] = weakref.WeakKeyDictionary()
+
+
+def _before_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    caller = sys._getframe(1)
+    outer, frame = _RUNNING.get(optimizer), caller.f_back
+    while outer is not None and frame is not None and frame is not outer:
+        frame = frame.f_back
+    if outer is None or frame is None:
+        _RUNNING[optimizer] = caller
+
+
 def _on_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if _RUNNING.get(optimizer) is not sys._getframe(1):
+        return
+    del _RUNNING[optimizer]
     for controller in [c for of_model in list(_ATTACHED.values()) for c in of_model.values()]:
         if not controller.finished and controller.owns(optimizer):
             controller.after_step(optimizer)
 
 
+register_optimizer_step_pre_hook(_before_optimizer_step)
 register_optimizer_step_post_hook(_on_optimizer_step)
 
 

@@ -18,6 +18,7 @@ from peft.tuners.lora import layer as peft_layers
 from torch import Tensor, nn
 
 from adalora.errors import AttachError
+from adalora.lora.forward import TripletVariant
 
 
 @dataclass(eq=False)
@@ -165,7 +166,7 @@ def _refuse_unsupported(name: str, layer: Any, adapter: str) -> None:
     if layer.merged:
         raise AttachError(f"{name}: adapter is merged into the base weight; call model.unmerge_adapter() first")
     variant = layer.lora_variant.get(adapter)
-    if variant is not None:
+    if variant is not None and not isinstance(variant, TripletVariant):
         kind = type(variant).__name__
         raise AttachError(
             f"{name}: {kind} is not plain LoRA and its extra terms do not split into triplets; "
