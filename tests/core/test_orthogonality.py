@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+from adalora.core.orthogonality import deviation, relative_error, squared_gradient
+
+
+def regularizer(V, squared_norm):
+    """‖V Vᵀ - D‖²_F of each of the k matrices, written with loops over the pairs of vectors."""
+    totals = []
+    for matrix in V:
+        total = 0 * matrix.sum()  # in the graph even where no pair follows
+        for i, a in enumerate(matrix):
+            for j, b in enumerate(matrix):
+                if i != j:
+                    total = total + (a @ b) ** 2
+                elif squared_norm is not None:
+                    total = total + (a @ a - squared_norm) ** 2
+        totals.append(total)
+    return torch.stack(totals)
+
+
+@pytest.mark.parametrize("squared_norm", [1.0, 1 / 3, 2.5, None])
+@pytest.mark.parametrize("shape", [(1, 4, 9), (3, 5, 7), (2, 1, 6), (2, 6, 3)])
+def test_closed_form_is_the_gradient(shape, squared_norm):
+    V = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    value = regularizer(V, squared_norm)
+    (gradient,) = torch.autograd.grad(value.sum(), V)
+    closed = squared_gradient(V.detach(), squared_norm=squared_norm)
+    torch.testing.assert_close(closed, gradient, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        deviation(V.detach(), squared_norm=squared_norm).square().sum(dim=(1, 2)),
+        value.detach(),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+
+
+def test_the_input_is_left_alone():
+    V = torch.randn(2, 3, 5)
+    before = V.clone()
+    squared_gradient(V, squared_norm=1.0)
+    squared_gradient(V, squared_norm=None)
+    relative_error(V)
+    assert torch.equal(V, before)
+
+
+@pytest.mark.parametrize("length", [1.0, 0.5])
+def test_orthogonal_vectors_of_the_right_length_have_no_gradient(length):
+    basis = torch.linalg.qr(torch.randn(8, 4, dtype=torch.float64)).Q.T
+    V = length * basis[None]
+    assert squared_gradient(V, squared_norm=length**2).abs().max() < 1e-14
+    assert squared_gradient(V, squared_norm=None).abs().max() < 1e-14
+    assert squared_gradient(V, squared_norm=4.0).abs().max() > 0.1
+
+
+def test_descent_makes_vectors_orthogonal():
+    V = torch.randn(2, 4, 10, dtype=torch.float64) / 3
+    start = relative_error(V)
+    for _ in range(400):
+        V = V - 0.02 * squared_gradient(V, squared_norm=1.0)
+    assert bool((relative_error(V) < 1e-4 * start).all())
+    torch.testing.assert_close(V.norm(dim=-1), torch.ones(2, 4, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def test_relative_error_by_hand():
+    parallel = torch.tensor([[1.0, 0.0], [5.0, 0.0]])
+    right_angle = torch.tensor([[0.0, 2.0], [7.0, 0.0]])
+    sixty_degrees = torch.tensor([[1.0, 0.0], [0.5, 0.75**0.5]])
+    error = relative_error(torch.stack([parallel, right_angle, sixty_degrees]))
+    torch.testing.assert_close(error, torch.tensor([1.0, 0.0, 0.5]))
+
+
+def test_relative_error_leaves_zero_vectors_out():
+    live = torch.randn(3, 6)
+    with_pruned = torch.cat([live, torch.zeros(2, 6)])
+    torch.testing.assert_close(relative_error(with_pruned[None]), relative_error(live[None]))
+    assert relative_error(torch.zeros(1, 3, 4)).tolist() == [0.0]
+    assert relative_error(torch.randn(1, 1, 4)).tolist() == [0.0]
