@@ -151,3 +151,16 @@ def test_callback_takes_config_or_keywords():
     """Both at once would leave open which holds."""
     with pytest.raises(adalora.AdaLoraError, match="target_rank"):
         adalora.AdaLoraCallback(adalora.AdaLoraConfig(), target_rank=2)
+
+
+def test_training_again_leaves_a_finished_adapter_alone(base, tmp_path):
+    """A second `train()` goes on at the ranks that the first one found."""
+    callback = adalora.AdaLoraCallback(target_rank=1)
+    trainer = trainer_for(base, tmp_path, callback, save_strategy="no")
+    trainer.train()
+    ranks = callback.controller.ranks
+    assert 0 in ranks.values()
+    trainer.train()
+    assert callback.controller.ranks == ranks
+    assert callback.controller.step == MAX_STEPS
+    assert len(callback.controller.history.of("start")) == 1

@@ -51,7 +51,8 @@ class AdaLoraCallback(TrainerCallback):
     ) -> None:
         """Take the number of optimizer steps from the trainer."""
         controller = self.controller or self._attach(kwargs["model"])
-        controller.set_total_steps(state.max_steps)
+        if controller.step == 0 and not controller.finished:  # a later `train()` goes on at the ranks found before
+            controller.set_total_steps(state.max_steps)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the trainer's loss, learning rate and metrics into the history."""
