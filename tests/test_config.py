@@ -1,0 +1,124 @@
+import json
+import re
+
+import pytest
+from pydantic import ValidationError
+
+from adalora.config import AdaLoraConfig
+from adalora.errors import ConfigError
+
+REFUSED = [
+    # Names
+    ({"target_rnak": 4}, "AdaLoraConfig has no field 'target_rnak': did you mean 'target_rank'?"),
+    ({"zzz": 1}, "AdaLoraConfig has no field 'zzz': known fields: target_rank, total_rank, min_rank, "),
+    # Budgets
+    ({"target_rank": 4, "total_rank": 96}, "give one budget, not target_rank and total_rank: keep target_rank=4.0"),
+    ({"target_rank": 0}, "target_rank=0.0 must be above 0"),
+    ({"total_rank": -3}, "total_rank=-3 must be above 0"),
+    ({"target_rank": "many"}, "target_rank='many': Input should be a valid number"),
+    ({"total_rank": 1.5}, "total_rank=1.5: Input should be a valid integer"),
+    ({"min_rank": -1}, "min_rank=-1: Input should be greater than or equal to 0"),
+    ({"max_rank": 0}, "max_rank=0: Input should be greater than or equal to 1"),
+    ({"min_rank": 4, "max_rank": 2}, "max_rank=2 is below min_rank=4"),
+    # Spans
+    ({"warmup": -0.1}, "warmup=-0.1: is a fraction of the run (0.0 to 1.0) or a number of optimizer steps, not neg"),
+    ({"final": -5}, "final=-5: is a fraction of the run (0.0 to 1.0) or a number of optimizer steps, not negative"),
+    ({"allocation_interval": 1.5}, "allocation_interval=1.5: is a fraction of at most 1.0 or a whole number of steps"),
+    ({"warmup": 12.4}, "warmup=12.4: is a fraction of at most 1.0 or a whole number of steps, e.g. 12"),
+    ({"warmup": 0.7, "final": 0.6}, "warmup=0.7 and final=0.6 are together more than the run (1.0)"),
+    # Choices
+    ({"schedule": "quadratic"}, "='quadratic': Input should be 'cubic', 'linear', 'step' or 'constant'"),
+    (
+        {"schedule": -1.0},
+        "schedule=-1.0: as a number is the exponent of the decrease and must be above 0; cubic is 3.0",
+    ),
+    ({"schedule": 0.0}, "must be above 0; cubic is 3.0"),
+    ({"importance": "sensitive"}, "importance='sensitive': Input should be 'sensitivity_uncertainty', 'ratio', "),
+    ({"orthogonality": "loss"}, "orthogonality='loss': Input should be 'decoupled' or 'off'"),
+    ({"scale": "rslora"}, "scale='rslora': Input should be 'target' or 'initial'"),
+    # Numbers
+    ({"sensitivity_beta": 1.0}, "sensitivity_beta=1.0: Input should be less than 1"),
+    ({"sensitivity_beta": 0.0}, "sensitivity_beta=0.0: Input should be greater than 0"),
+    ({"uncertainty_beta": 1.0}, "uncertainty_beta=1.0: Input should be less than 1"),
+    ({"uncertainty_beta": -0.2}, "uncertainty_beta=-0.2: Input should be greater than 0"),
+    ({"orthogonality_weight": -0.1}, "orthogonality_weight=-0.1: Input should be greater than or equal to 0"),
+    ({"handover": "maybe"}, "handover='maybe': Input should be a valid boolean"),
+    ({"revival": 7}, "revival=7: Input should be a valid boolean"),
+    ({"compact": None}, "compact=None: Input should be a valid boolean"),
+    ({"seed": "x"}, "seed='x': Input should be a valid integer"),
+    # Without effect
+    (
+        {"orthogonality": "off", "orthogonality_weight": 0.5},
+        'orthogonality_weight has no effect with orthogonality="off": leave it out',
+    ),
+    *[
+        ({"schedule": "constant", name: value}, f'{name} has no effect with schedule="constant" (no allocation)')
+        for name, value in [
+            ("importance", "ratio"),
+            ("min_rank", 1),
+            ("max_rank", 9),
+            ("allocation_interval", 5),
+            ("revival", False),
+        ]
+    ],
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"), REFUSED, ids=[",".join(f"{k}={v}" for k, v in f.items()) for f, _ in REFUSED]
+)
+def test_a_refusal_names_field_value_and_what_is_allowed(fields, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        AdaLoraConfig(**fields)
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        AdaLoraConfig(min_rank=-1, sensitivity_beta=2.0)
+    assert "min_rank=-1" in str(caught.value)
+    assert "sensitivity_beta=2.0" in str(caught.value)
+
+
+def test_without_a_budget_it_is_eight():
+    assert AdaLoraConfig().target_rank == 8
+    assert AdaLoraConfig(total_rank=96).target_rank is None
+    assert AdaLoraConfig(target_rank=1.5).target_rank == 1.5
+
+
+@pytest.mark.parametrize(("value", "kept"), [(0.25, 0.25), (0.0, 0.0), (100, 100), (100.0, 100), (1.0, 1), (1, 1)])
+def test_spans_are_fractions_or_whole_steps(value, kept):
+    config = AdaLoraConfig(warmup=value)
+    assert config.warmup == kept
+    assert type(config.warmup) is type(kept)
+
+
+@pytest.mark.parametrize("shape", ["cubic", "linear", "step", "constant", 2.5])
+def test_schedules(shape):
+    assert AdaLoraConfig(schedule=shape).schedule == shape
+
+
+def test_a_weight_of_zero_goes_with_orthogonality_off():
+    assert AdaLoraConfig(orthogonality="off", orthogonality_weight=0).orthogonality_weight == 0
+
+
+def test_it_cannot_be_changed():
+    config = AdaLoraConfig()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.target_rank = 4
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"target_rank": 4},
+        {"total_rank": 96, "warmup": 100, "final": 0.5, "schedule": 2.0},
+        {"schedule": "constant", "orthogonality": "off", "scale": "initial"},
+        {"min_rank": 1, "max_rank": 9, "revival": False, "importance": "random", "seed": 3},
+    ],
+)
+def test_round_trip_through_json(fields):
+    config = AdaLoraConfig(**fields)
+    again = AdaLoraConfig(**json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert config.to_dict().keys() == fields.keys()
