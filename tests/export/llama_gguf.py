@@ -65,8 +65,8 @@ def log_probabilities(base, prompt, lora=None):
     server = xllamacpp.Server(params)
     answer = server.handle_completions(
         {
-            "prompt": list(prompt), "n_predict": 1, "n_probs": VOCABULARY, "temperature": -1.0,
-            "cache_prompt": False, "samplers": [],
+            "prompt": list(prompt), "n_predict": 1, "n_probs": VOCABULARY, "temperature": 0.0,
+            "cache_prompt": False, "seed": 1,
         }
     )  # fmt: skip
     (first,) = answer["choices"][0]["logprobs"]["content"]

@@ -56,6 +56,7 @@ def test_a_good_file_is_read(tmp_path):
         (b"\xff\xfe{}", b"", "not JSON"),
         (b'{"a": {}, "a": {}}', b"", "twice"),
         (b"[" * 100_000, b"", "not JSON"),
+        (b'{"a": ' + b"9" * 10_000 + b"}", b"", "not JSON"),
     ],
 )
 def test_hostile_headers_are_refused_with_one_line(tmp_path, header, data, words):

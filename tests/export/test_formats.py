@@ -6,7 +6,13 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+)
 
 from adalora.errors import AdapterFileError
 from adalora.export import FORMATS, export_adapter, read_adapter, verify_adapter
@@ -276,3 +282,26 @@ def test_an_output_that_is_there_is_kept(tmp_path):
     export_adapter(tmp_path / "a", tmp_path / "out", format="ragged", overwrite=True)
     assert not (Path(tmp_path) / "out/mlx").exists()
     assert config_of(tmp_path / "out")["r"] == 4
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32)).eval()
+
+
+@pytest.mark.parametrize("format", ["portable", "ragged", "merged"])
+def test_transposed_linear_layers(tmp_path, format):
+    """GPT-2's Conv1D stores its weight the other way round."""
+    gpt2().save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(
+        r=3, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
+    live = randomise(peft.get_peft_model(gpt2(), settings)).eval()
+    live.save_pretrained(tmp_path / "a")
+    wanted = logits(live)
+    export_adapter(tmp_path / "a", tmp_path / "out", format=format, base=str(tmp_path / "base"))
+    if format == "merged":
+        got = logits(GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval())
+    else:
+        got = logits(load_peft(tmp_path / "out", gpt2()))
+    assert (got - wanted).abs().max() < 1e-5 * (wanted - logits(gpt2())).abs().max()

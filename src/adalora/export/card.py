@@ -105,6 +105,7 @@ def render_card(
     format: str,
     name: str,
     stored: int,
+    rank: int,
     error: float,
     kept_energy: float = 1.0,
     scores: Mapping[str, float] | None = None,
@@ -116,6 +117,7 @@ def render_card(
         format: Layout name.
         name: Title; the folder's name.
         stored: LoRA parameters in the file, padding included.
+        rank: Largest rank in the file, padding included.
         error: Relative error of the file's ΔW.
         kept_energy: Share of Σσ² that a truncation kept.
         scores: Metric -> value.
@@ -144,22 +146,7 @@ def render_card(
         error=error,
         kept_energy=kept_energy,
         results=sorted((scores or {}).items()),
-        loading=loading_lines(
-            adapter,
-            format,
-            safe,
-            base_model or "BASE_MODEL",
-            max(adapter.max_rank, stored_rank(adapter, format)),
-        ),
+        loading=loading_lines(adapter, format, safe, base_model or "BASE_MODEL", rank),
         ranks=[(module, rank, sizes[module]) for module, rank in ranks.items()],
         version=__version__,
     )
-
-
-def stored_rank(adapter: Adapter, format: str) -> int:
-    """The rank that a server must reserve for this layout."""
-    from adalora.export.formats import ALLOWED_RANKS
-
-    if format != "portable":
-        return adapter.max_rank
-    return next((size for size in ALLOWED_RANKS if adapter.max_rank <= size), adapter.max_rank)

@@ -184,8 +184,8 @@ def write_export(
         error, errors = compare(source, written)
         stored = sum(f.parameters for f in written.factors.values())
         card = render_card(
-            cut.adapter, format=format, name=target.name, stored=stored, error=error,
-            kept_energy=cut.kept_energy, scores=scores,
+            cut.adapter, format=format, name=target.name, stored=stored, rank=written.max_rank,
+            error=error, kept_energy=cut.kept_energy, scores=scores,
         )  # fmt: skip
         (work / "README.md").write_text(card, encoding="utf-8")
     return _report(target, format, cut, error, errors, notes)
@@ -231,8 +231,8 @@ def _export_merged(
     with new_folder(target, overwrite=overwrite) as work:
         write_merged(work, model, adapter, dtype=as_dtype(dtype, torch.float32) if dtype else None)
         card = render_card(
-            adapter, format="merged", name=target.name, stored=adapter.parameters, error=cut.error,
-            kept_energy=cut.kept_energy, scores=scores,
+            adapter, format="merged", name=target.name, stored=adapter.parameters, rank=adapter.max_rank,
+            error=cut.error, kept_energy=cut.kept_energy, scores=scores,
         )  # fmt: skip
         (work / "README.md").write_text(card, encoding="utf-8")
     return _report(target, "merged", cut, math.nan, cut.errors, ())

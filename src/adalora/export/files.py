@@ -112,7 +112,9 @@ def _parse_json(raw: bytes, where: str) -> dict[str, Any]:
 
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except AdapterFileError:
+        raise
+    except (ValueError, RecursionError) as error:  # also not UTF-8, or a number of thousands of digits
         raise AdapterFileError(f"{where}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise AdapterFileError(f"{where}: a JSON object is wanted, got {type(value).__name__}")

@@ -124,6 +124,8 @@ def transformers(served: Served) -> Effective:
             model = skeleton(Hollow(PretrainedConfig()), served)
             model.load_adapter(str(served.folder))  # type: ignore[operator]
         except Exception as error:  # whatever transformers raises is its refusal
+            if served.adalora:
+                raise Refused("load_adapter does not cut AdaLoRA's modules to the ranks in the file") from error
             raise Refused(_line(error)) from error
     if served.extras:
         _check_extras(served, {PREFIX + k: v for k, v in model.state_dict().items()})
