@@ -19,8 +19,7 @@ def test_median_of_the_layers():
     handles = find_triplets(model(start_at_zero=False), "default")
     layers = [h.layer for h in handles]
     expected = [
-        layer.get_delta_weight("default").detach().norm() / layer.get_base_layer().weight.norm()
-        for layer in layers
+        layer.get_delta_weight("default").detach().norm() / layer.get_base_layer().weight.norm() for layer in layers
     ]
     assert update_ratio(handles) == pytest.approx(float(torch.stack(expected).median()), rel=1e-5)
 

@@ -1,5 +1,6 @@
-"""Which module brings which commands. Modules import what they need inside the command, so that
-`adalora --help` stays quick.
+"""Which module brings which commands.
+
+Modules import what they need inside the command, so that `adalora --help` stays quick.
 """
 
 from __future__ import annotations

@@ -74,9 +74,22 @@ def _run(recipe: Any, *, overwrite: bool) -> None:
     from adalora.tasks.progress import show_result
     from adalora.tasks.runner import run_recipe
 
+    _quiet()
     console = Console()
     result = run_recipe(recipe, overwrite=overwrite, console=console)
     show_result(console, result.metrics, result.files)
+
+
+def _quiet() -> None:
+    """Leave out other libraries' loading bars, reports of the new head, and notes to their own developers."""
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging  # its functions have no types
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(peft|transformers|torch)\b")
 
 
 def _finished(out: Path) -> dict[str, Any] | None:
@@ -90,5 +103,6 @@ def _finished(out: Path) -> dict[str, Any] | None:
 def _answer(out: Path, text: str) -> None:
     from adalora.tasks.prediction import predict
 
+    _quiet()
     for label, probability in predict(out, text).items():
         typer.echo(f"{label:10s} {probability:6.1%}")

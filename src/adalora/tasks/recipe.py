@@ -126,7 +126,8 @@ class TrainingPart(Part):
         max_length: Longest input in tokens; longer ones are cut.
         precision: Of the computation; `auto` is bf16 where the GPU has it, else fp32.
         gradient_checkpointing: Trade time for memory.
-        length_grouping: Put rows of like length in one batch.
+        length_grouping: Put rows of like length in one batch; faster, but the Trainer then walks from long rows to
+            short ones, which hurts runs of few steps.
         evaluate_every: Steps between evaluations on the validation split; none by default.
         keep_best: Keep the best evaluation's weights instead of the last ones.
         log_every: Steps between logged losses.
@@ -149,7 +150,7 @@ class TrainingPart(Part):
     max_length: int | None = Field(default=None, ge=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
-    length_grouping: bool = True
+    length_grouping: bool = False
     evaluate_every: int | None = Field(default=None, ge=1)
     keep_best: bool = False
     log_every: int = Field(default=10, ge=1)

@@ -180,6 +180,8 @@ def make_trainer(recipe: Recipe, task: SequenceTask, *, model: Any, tokenizer: A
         raise DataError("training.evaluate_every needs a validation split: set data.validation_fraction=0.1")
     cuda_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     grouping = training.length_grouping and not recipe.data.streaming
+    # Given only where it is wanted: newer versions warn of the old name.
+    options: dict[str, Any] = {"gradient_checkpointing": True} if training.gradient_checkpointing else {}
     arguments = TrainingArguments(
         output_dir=str(recipe.folder / WORK),
         num_train_epochs=training.epochs,
@@ -196,7 +198,7 @@ def make_trainer(recipe: Recipe, task: SequenceTask, *, model: Any, tokenizer: A
         optim=training.optimizer,
         bf16=training.precision == "bf16" or (training.precision == "auto" and cuda_bf16),
         fp16=training.precision == "fp16",
-        gradient_checkpointing=training.gradient_checkpointing,
+        **options,
         train_sampling_strategy="group_by_length" if grouping else "random",
         eval_strategy="steps" if evaluates else "no",
         eval_steps=training.evaluate_every,
