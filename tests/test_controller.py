@@ -350,3 +350,28 @@ def test_a_controller_without_its_model_says_so():
     gc.collect()
     with pytest.raises(AttachError, match="no longer exists"):
         _ = controller.model
+
+
+def test_an_optimizer_whose_state_cannot_be_cut_keeps_triplets_masked():
+    model = lora()
+    controller = adalora.attach(model, target_rank=2, total_steps=20)
+    optimizer = torch.optim.Adafactor([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with pytest.warns(AdaLoraWarning, match="masked"):
+        train(model, optimizer, steps=20)
+    controller.finalize()
+    assert controller.live == controller.target_budget
+    assert in_memory(controller) == controller.initial_budget
+
+
+def test_a_diverged_run_ends_with_a_record_and_no_crash():
+    model = lora()
+    controller = adalora.attach(model, target_rank=2, total_steps=20)
+    optimizer = adamw(model)
+    train(model, optimizer, steps=1)
+    with torch.no_grad():
+        controller.handles[0].P_parameter.fill_(float("nan"))
+    train(model, optimizer, steps=19)
+    controller.finalize()
+    finish = controller.history.last("finish")
+    assert finish is not None
+    assert set(finish["singular_values"][0]) <= {None}

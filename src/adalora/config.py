@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from adalora.errors import ConfigError
 
@@ -56,7 +56,7 @@ class AdaLoraConfig(BaseModel):
         seed: Of importance `"random"`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     target_rank: float | None = None
     total_rank: int | None = None
@@ -86,10 +86,17 @@ class AdaLoraConfig(BaseModel):
         except ValidationError as error:
             raise ConfigError(_describe(error)) from error
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name not in ("handover", "revival", "compact"):
+            raise ValueError("is true or false where a number or a name is wanted")
+        return value
+
     @field_validator("warmup", "final", "allocation_interval")
     @classmethod
     def _span(cls, value: Span) -> Span:
-        if isinstance(value, bool) or value < 0:
+        if value < 0:
             raise ValueError("is a fraction of the run (0.0 to 1.0) or a number of optimizer steps, not negative")
         if isinstance(value, float):
             if value >= 1 and value.is_integer():
@@ -152,10 +159,12 @@ def _unknown_field(name: str, known: list[str]) -> str:
 
 
 def _describe(error: ValidationError) -> str:
-    """One line per problem: field, value, what is allowed."""
-    lines = []
+    """One part per wrong field: field, value, what is allowed. A union's branches are joined by "or"."""
+    wrong: dict[str, tuple[Any, list[str]]] = {}
     for problem in error.errors():
-        field = ".".join(str(part) for part in problem["loc"] if isinstance(part, str) and part.islower())
-        message = problem["msg"].removeprefix("Value error, ")
-        lines.append(f"{field}={problem['input']!r}: {message}" if field else message)
-    return "; ".join(lines)
+        field = str(problem["loc"][0]) if problem["loc"] else ""
+        wrong.setdefault(field, (problem["input"], []))[1].append(problem["msg"].removeprefix("Value error, "))
+    return "; ".join(
+        f"{field}={value!r}: {' or '.join(messages)}" if field else messages[0]
+        for field, (value, messages) in wrong.items()
+    )

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from adalora.config import AdaLoraConfig
 from adalora.core.allocation import allocate
 from adalora.core.schedule import BudgetSchedule, span_to_steps
-from adalora.errors import AdaLoraWarning, AttachError, ConfigError
+from adalora.errors import AdaLoraWarning, AttachError, CompactionError, ConfigError
 from adalora.lora.budget import adapter_size, target_triplets
 from adalora.lora.compaction import compact
 from adalora.lora.forward import TripletVariant
@@ -54,7 +54,6 @@ class RankController:
         self._model = weakref.ref(model)
         self._optimizer: weakref.ref[Optimizer] | None = None
         self._schedule: BudgetSchedule | None = None
-        self._threshold = 0.0
         self.handles = find_triplets(model, adapter)
         self.initial_budget = sum(h.rank for h in self.handles)
         self.target_budget = target_triplets(config, self.handles)
@@ -219,7 +218,11 @@ class RankController:
         if not self.config.compact or self.live == sum(h.rank for h in self.handles):
             return
         before = adapter_size(self.handles)
-        compact(self.handles, self.optimizer)
+        try:
+            compact(self.handles, self.optimizer)
+        except CompactionError as error:  # nothing was changed; a run must not die of it
+            warnings.warn(f"pruned triplets stay in memory, masked: {error}", AdaLoraWarning, stacklevel=2)
+            return
         write_patterns(self.model, self.handles)
         self._record.compaction(self.step, before=before, after=adapter_size(self.handles))
 

@@ -118,7 +118,7 @@ class Recorder:
 
     def finish(self, step: int, *, allocations: int) -> None:
         """The end, with the spectrum of every module."""
-        spectra = [(factored_svd(h.P_or, h.Q_ri)[1] * h.scale).tolist() if h.rank else [] for h in self.handles]
+        spectra = [_spectrum(h) for h in self.handles]
         self.history.add(
             "finish",
             step=step,
@@ -127,3 +127,12 @@ class Recorder:
             orthogonality=orthogonality_error(self.handles),
             allocations=allocations,
         )
+
+
+def _spectrum(handle: TripletHandle) -> list[float | None]:
+    """Singular values of one module's update; unknown where training has diverged."""
+    if handle.rank == 0:
+        return []
+    if not bool(handle.P_or.isfinite().all() and handle.Q_ri.isfinite().all()):
+        return [None] * handle.rank
+    return list((factored_svd(handle.P_or, handle.Q_ri)[1] * handle.scale).tolist())

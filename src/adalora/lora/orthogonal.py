@@ -57,8 +57,11 @@ def hand_over(handle: TripletHandle, optimizer: Optimizer | None) -> None:
     Gradients transform as ∂L/∂P_new = ∂L/∂P · T⁻ᵀ and ∂L/∂Q_new = Tᵀ · ∂L/∂Q, and so do first moments; second
     moments use the squared entries, which leaves out correlations between triplets.
     """
-    if handle.rank == 0 or handle.rank > handle.Q_ri.shape[1] or not bool(handle.P_or.any()):
+    P_or, Q_ri = handle.P_or, handle.Q_ri
+    if handle.rank == 0 or handle.rank > Q_ri.shape[1] or not bool(P_or.any()):
         return
+    if not bool(P_or.isfinite().all() and Q_ri.isfinite().all()):
+        return  # training has diverged: there is nothing to preserve, and no SVD
     result = balance(handle.P_or, handle.Q_ri, row_norm=handle.row_norm)
     state = optimizer.state if optimizer is not None else {}
     P, Q = handle.P_parameter, handle.Q_parameter
