@@ -4,6 +4,7 @@ from adalora.config import AdaLoraConfig
 from adalora.controller import RankController
 from adalora.errors import AdaLoraError, AdaLoraWarning
 from adalora.integrations.trainer import AdaLoraCallback
+from adalora.lora.checkpoint import latest_checkpoint
 from adalora.registry import attach, controllers
 from adalora.report.history import History
 from adalora.version import __version__
@@ -18,4 +19,5 @@ __all__ = [
     "__version__",
     "attach",
     "controllers",
+    "latest_checkpoint",
 ]

@@ -17,14 +17,16 @@ from adalora.errors import AdaLoraWarning, AttachError, CompactionError, ConfigE
 from adalora.lora.budget import adapter_size, target_triplets
 from adalora.lora.compaction import compact
 from adalora.lora.forward import TripletVariant
+from adalora.lora.optimizer_state import weight_copies
 from adalora.lora.orthogonal import decoupled_step, hand_over
 from adalora.lora.scoring import Scorer
-from adalora.lora.triplets import find_triplets, fresh, rescale, write_patterns
+from adalora.lora.triplets import find_triplets, fresh, lora_config, rescale
 from adalora.recording import Recorder
 from adalora.report.history import History
+from adalora.resuming import Resumable
 
 
-class RankController:
+class RankController(Resumable):
     """Runs the method for one adapter of one model; made by `adalora.attach`.
 
     The optimizer is found by itself: a post-step hook of torch, global to the process, calls the controller once per
@@ -59,6 +61,8 @@ class RankController:
         self.target_budget = target_triplets(config, self.handles)
         self._scorer = Scorer(self.handles, config)
         self._record = Recorder(history, self.handles)
+        self._written_ranks = [h.rank for h in self.handles]
+        self._excluded = lora_config(model, adapter).exclude_modules
         self._versions = [h.P_parameter._version for h in self.handles]
         if total_steps is not None:
             self.set_total_steps(total_steps)
@@ -211,10 +215,15 @@ class RankController:
         for h in self.handles:
             if h.rank and not bool(h.mask.all()):
                 h.P_or[:, ~h.mask] = 0
+                for copy in weight_copies(self.optimizer, h.P_parameter):
+                    h.as_P(copy)[:, ~h.mask] = 0
 
     def _enter_final_phase(self) -> None:
         """Ranks are fixed from here: free the averages, remove what was pruned."""
         self._scorer.reset()
+        self._remove_masked()
+
+    def _remove_masked(self) -> None:
         if not self.config.compact or self.live == sum(h.rank for h in self.handles):
             return
         before = adapter_size(self.handles)
@@ -223,20 +232,25 @@ class RankController:
         except CompactionError as error:  # nothing was changed; a run must not die of it
             warnings.warn(f"pruned triplets stay in memory, masked: {error}", AdaLoraWarning, stacklevel=2)
             return
-        write_patterns(self.model, self.handles)
+        self._write_patterns()
         self._record.compaction(self.step, before=before, after=adapter_size(self.handles))
 
-    def finalize(self) -> None:
+    def finalize(self, *, cut: bool = True) -> None:
         """End the run: bring the adapter to its target even if the training ended before the schedule did.
 
         Called by the Trainer callback; call it at the end of your own loop. Warns where the schedule was cut short or
         never ran.
+
+        Args:
+            cut: False leaves the triplets that are live now, even if they are more than the target.
         """
         if self.finished:
             return
         self.warn_if_idle()
         schedule = self.schedule
-        if schedule.shape != "constant" and self.step <= schedule.decrease_end:
+        if not cut:
+            self._remove_masked()
+        elif schedule.shape != "constant" and self.step <= schedule.decrease_end:
             if self.step > 0:
                 warnings.warn(
                     f"training ended after {self.step} of {schedule.total_steps} steps, before the budget had reached "
