@@ -19,6 +19,7 @@ from adalora.lora.compaction import compact
 from adalora.lora.forward import TripletVariant
 from adalora.lora.optimizer_state import weight_copies
 from adalora.lora.orthogonal import decoupled_step, hand_over
+from adalora.lora.replicas import Replicas
 from adalora.lora.scoring import Scorer
 from adalora.lora.triplets import find_triplets, fresh, lora_config, rescale
 from adalora.recording import Recorder
@@ -171,6 +172,8 @@ class RankController(Resumable):
             self.hand_over()
         if schedule.allocates(step):
             self._allocate(schedule.budget(step))
+            if self._stage_is_due(schedule, step):
+                self._remove_masked(during_training=True)
         elif not self.config.revival or step > schedule.decrease_end:
             self._apply_masks()  # what is pruned for good, and not yet removed, may not grow
         if step == schedule.decrease_end and schedule.shape != "constant":
@@ -186,12 +189,13 @@ class RankController(Resumable):
         """Turn every P·Q into its singular vectors, exactly; the averages start anew."""
         for h in self.handles:
             hand_over(h, self.optimizer)
+        Replicas(self.model).share_layers(self.handles, self.optimizer)
         self._scorer.reset()
         self._record.handover(self.step)
 
     def _allocate(self, budget: int) -> None:
         """Keep the best `budget` triplets, zero the others."""
-        scores = self._scorer.scores()
+        scores = Replicas(self.model).share(self._scorer.scores())
         live_before = torch.cat([h.mask for h in self.handles])
         module = torch.repeat_interleave(torch.tensor([h.rank for h in self.handles]))
         if not self.config.revival:
@@ -221,17 +225,38 @@ class RankController(Resumable):
     def _enter_final_phase(self) -> None:
         """Ranks are fixed from here: free the averages, remove what was pruned."""
         self._scorer.reset()
-        self._remove_masked()
+        self._remove_masked(during_training=True)
 
-    def _remove_masked(self) -> None:
+    def _stage_is_due(self, schedule: BudgetSchedule, step: int) -> bool:
+        """Whether this allocation is the first one at or after a fraction of `compact_at`."""
+        length = schedule.decrease_end - schedule.warmup_steps
+        if not self.config.compact_at or step >= schedule.decrease_end:
+            return False
+        last, now = (step - schedule.interval - schedule.warmup_steps) / length, (step - schedule.warmup_steps) / length
+        return any(last < fraction <= now for fraction in self.config.compact_at)
+
+    def compact(self) -> None:
+        """Remove pruned triplets now. Under DDP wrap the model again afterwards, the old wrapper refuses to train.
+
+        Done by itself at the end of the decrease, and at `compact_at`, where one process trains.
+        """
+        self._remove_masked(during_training=False)
+
+    def _remove_masked(self, *, during_training: bool) -> None:
+        """Make memory smaller; averages of what stays go on."""
         if not self.config.compact or self.live == sum(h.rank for h in self.handles):
             return
-        before = adapter_size(self.handles)
+        replicas = Replicas(self.model)
+        if self.is_sharded or (during_training and replicas.several):
+            return  # masked: parameters of a wrapped model keep their size until the training is over
+        before, averages = adapter_size(self.handles), self._scorer.cut()
         try:
             compact(self.handles, self.optimizer)
         except CompactionError as error:  # nothing was changed; a run must not die of it
             warnings.warn(f"pruned triplets stay in memory, masked: {error}", AdaLoraWarning, stacklevel=2)
             return
+        replicas.retire_wrappers()
+        self._scorer.load_state_dict(averages)
         self._write_patterns()
         self._record.compaction(self.step, before=before, after=adapter_size(self.handles))
 
@@ -249,7 +274,7 @@ class RankController(Resumable):
         self.warn_if_idle()
         schedule = self.schedule
         if not cut:
-            self._remove_masked()
+            self.compact()
         elif schedule.shape != "constant" and self.step <= schedule.decrease_end:
             if self.step > 0:
                 warnings.warn(
@@ -262,6 +287,8 @@ class RankController(Resumable):
             with torch.no_grad():
                 self._allocate(self.target_budget)
                 self._enter_final_phase()
+        if Replicas(self.model).several:
+            self.compact()  # put off until now
         self.finished = True
         self._record.finish(self.step, allocations=self.allocations)
 

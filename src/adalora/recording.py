@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
     import peft
     import transformers
 
-    return {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__}
+    return {"torch": str(torch.__version__), "peft": peft.__version__, "transformers": transformers.__version__}
 
 
 class Recorder:
