@@ -7,6 +7,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+TRAINING_LOOP = "_inner_training_loop"  # of the Trainer
+
 
 class Interrupt:
     """Listens for SIGINT; the first one sets `requested`, the second one acts as it always does.
@@ -25,7 +27,10 @@ class Interrupt:
         if self._listening or threading.current_thread() is not threading.main_thread():
             return
         self.requested = False
-        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        before = signal.getsignal(signal.SIGINT)
+        left_behind = getattr(before, "__self__", None)  # by a training that an exception ended
+        self._before = left_behind._before if isinstance(left_behind, Interrupt) else before
+        signal.signal(signal.SIGINT, self._on_signal)
         self._listening = True
 
     def close(self) -> None:
@@ -36,4 +41,13 @@ class Interrupt:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.close()
-        self.requested = True
+        if _in_training(frame):
+            self.requested = True
+        else:  # an exception ended the training and nobody could close us
+            signal.raise_signal(signal.SIGINT)
+
+
+def _in_training(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_name != TRAINING_LOOP:
+        frame = frame.f_back
+    return frame is not None

@@ -44,6 +44,7 @@ class TripletHandle:
 
     def __post_init__(self) -> None:
         self.mask = torch.ones(self.rank, dtype=torch.bool)
+        self.d_out, self.d_in = self.P_or.shape[0], self.Q_ri.shape[1]
         self.row_norm = float(self.Q_ri.float().square().sum(dim=1).mean().sqrt())
 
     @property
@@ -128,15 +129,15 @@ class TripletHandle:
     @property
     def parameters_per_triplet(self) -> int:
         """d_out + d_in: what one triplet costs in the saved adapter."""
-        return self.P_or.shape[0] + self.Q_ri.shape[1]
+        return self.d_out + self.d_in
 
     def describe(self) -> dict[str, Any]:
         """The module's line in the history."""
         return {
             "name": self.name,
             "kind": type(self.layer.get_base_layer()).__name__,
-            "d_out": self.P_or.shape[0],
-            "d_in": self.Q_ri.shape[1],
+            "d_out": self.d_out,
+            "d_in": self.d_in,
             "rank": self.rank,
             "parameters_per_triplet": self.parameters_per_triplet,
         }
