@@ -158,6 +158,11 @@ class RankController(Resumable):
         """One optimizer step has been made: score, regularise, and where it is time re-allocate."""
         if self.finished or self._model() is None:
             return
+        if self.is_sharded:
+            raise ConfigError(
+                "FSDP's sharded parameters are not supported: a triplet's column is spread over processes. Leave the "
+                "adapter out of sharding, fully_shard(…, ignored_params={…}), or train with DDP"
+            )
         schedule, step = self.schedule, self.step
         handover = self.config.handover and step == schedule.warmup_steps - 1 and schedule.shape != "constant"
         if schedule.phase(step) == "decrease" or (not self.config.handover and step <= schedule.decrease_end):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from adalora.lora.triplets import TripletHandle
 
 
-def _is_plain(weight: object) -> bool:
+def _is_plain(weight: object) -> TypeGuard[Tensor]:
     """A float tensor that can be read as it is: not quantised, by whatever library, and not offloaded."""
     if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
         return False
