@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from typing import Any
 
@@ -37,9 +38,8 @@ def build_model(recipe: Recipe, task: Task, processor: Any) -> Any:
         _forget_gguf(model)
     fresh = fresh_modules(model, report["missing_keys"])
     if part.quantization:
-        model = prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing=False, gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        prepare: Any = prepare_model_for_kbit_training
+        model = prepare(model, use_gradient_checkpointing=False)  # the Trainer switches that on
     if recipe.training.gradient_checkpointing:
         model.config.use_cache = False
     return get_peft_model(model, lora_config(recipe, task, model, fresh))
@@ -92,14 +92,14 @@ def quantization(kind: str) -> Any:
         RecipeError: bitsandbytes is not installed.
     """
     from transformers import BitsAndBytesConfig
-    from transformers.utils import is_bitsandbytes_available
 
-    if not is_bitsandbytes_available():
+    if importlib.util.find_spec("bitsandbytes") is None:
         raise RecipeError(f"model.quantization={kind!r} needs bitsandbytes: pip install bitsandbytes")
+    settings: Any = BitsAndBytesConfig
     if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return settings(load_in_8bit=True)
     compute = torch.bfloat16 if not torch.cuda.is_available() or torch.cuda.is_bf16_supported() else torch.float16
-    return BitsAndBytesConfig(
+    return settings(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
