@@ -16,7 +16,7 @@ def model(tmp_path_factory):
     word_tokenizer([*WORDS, "user", "assistant", "system", ":"], chat=True).save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        pad_token_id=0, bos_token_id=2, eos_token_id=3,
+        initializer_range=0.5, pad_token_id=0, bos_token_id=2, eos_token_id=3,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -17,7 +17,7 @@ def model(request, tmp_path):
     else:
         sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
         config = BartConfig(
-            vocab_size=24, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
+            vocab_size=24, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, init_std=0.5,
             bos_token_id=2, forced_eos_token_id=3, **sizes, **ids,
         )  # fmt: skip
         BartForConditionalGeneration(config).save_pretrained(folder)

@@ -27,21 +27,26 @@ SPLIT_NAMES: dict[SplitName, tuple[str, ...]] = {
     "test": ("test",),
 }
 SHUFFLE_BUFFER = 10_000
+STREAM_SAMPLE = 1_000  # training rows that a stream without held-out rows is measured on
 
 
 class Splits(NamedTuple):
-    """Rows of a run; `validation` and `test` may be missing. Streaming rows are `IterableDataset`s."""
+    """Rows of a run; `validation` and `test` may be missing. Only `train` is ever a stream."""
 
     train: Dataset | IterableDataset
     validation: Dataset | None
     test: Dataset | None
 
     @property
-    def held_out(self) -> tuple[str, Dataset] | None:
-        """The split that the final metrics are measured on: test, else validation."""
+    def measured(self) -> tuple[str, Dataset]:
+        """Rows that the final metrics are measured on, and their split: test, else validation, else train."""
         if self.test is not None:
             return "test", self.test
-        return None if self.validation is None else ("validation", self.validation)
+        if self.validation is not None:
+            return "validation", self.validation
+        if hasattr(self.train, "__len__"):
+            return "train", self.train
+        return "train", _in_memory(self.train.take(STREAM_SAMPLE))
 
 
 def load_splits(recipe: Recipe) -> Splits:
@@ -203,7 +208,14 @@ def _limited(data: DataPart, table: Any, split: str) -> Any:
     if data.streaming:
         if split == "train":
             table = table.shuffle(seed=data.seed, buffer_size=SHUFFLE_BUFFER)
-        return table.take(limit) if limit else table
+            return table.take(limit) if limit else table
+        return _in_memory(table.take(limit) if limit else table)
     if limit is None or limit >= len(table):
         return table
     return table.shuffle(seed=data.seed).select(range(limit))
+
+
+def _in_memory(stream: Any) -> Dataset:
+    from datasets import Dataset
+
+    return Dataset.from_list(list(stream), features=stream.features)

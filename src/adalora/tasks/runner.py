@@ -88,7 +88,7 @@ def run_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console | No
         write_text(folder / RECIPE, dump_recipe(recipe))
     before = trainable(model)
     _train(trainer, adaptive, console)
-    split, rows = splits.held_out or ("train", splits.train)
+    split, rows = splits.measured
     scores = task.evaluate(trainer, rows, processor)
     metrics = {
         "name": recipe.name,

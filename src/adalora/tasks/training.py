@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -75,8 +76,7 @@ def training_arguments(recipe: Recipe, task: Task) -> TrainingArguments:
         "disable_tqdm": True,
     }
     if training.gradient_checkpointing:
-        # Re-entrant checkpointing finds no input that wants a gradient below a frozen embedding.
-        fields |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        fields |= checkpointing()
     return TrainingArguments(**{**fields, **task.arguments()})
 
 
@@ -87,3 +87,13 @@ def precision(training: TrainingPart) -> dict[str, bool]:
         "bf16": training.precision == "bf16" or (training.precision == "auto" and gpu_bf16),
         "fp16": training.precision == "fp16",
     }
+
+
+def checkpointing() -> dict[str, Any]:
+    """Recompute activations in the backward pass.
+
+    Not re-entrant: that kind finds no input that wants a gradient above frozen embeddings.
+    """
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
