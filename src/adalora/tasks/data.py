@@ -78,6 +78,8 @@ def _read(data: DataPart) -> dict[str, Any]:
         return dict(load_builtin(name))
     folder = local_folder(name)
     if folder is not None:
+        if data.config is not None and (folder / data.config).is_dir():
+            folder = folder / data.config
         files = _files_of_folder(folder)
         if files:
             return _read_files(data, files)
