@@ -9,7 +9,7 @@ from transformers import (
 )
 
 from adalora.errors import RecipeError
-from adalora.tasks import models
+from adalora.tasks import base, models
 from adalora.tasks.recipe import ModelPart
 from adalora.tasks.sequence import SequenceTask
 
@@ -73,3 +73,10 @@ def test_quantisation_says_what_it_needs_or_is_complete(kind, monkeypatch):
 def test_half_precision_checkpoints_are_float32_on_a_cpu():
     assert models.loading_arguments(ModelPart(name="x"))["dtype"] is torch.float32
     assert models.loading_arguments(ModelPart(name="x", dtype="bfloat16"))["dtype"] is torch.bfloat16
+
+
+def test_a_missing_metric_package_is_named_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
+    recipe = make_recipe(tmp_path, "x", task="question-answering", data={"files": "rows.csv"})
+    with pytest.raises(RecipeError, match=r"torchmetrics: pip install 'adalora\[metrics\]'"):
+        base.make_task(recipe, None)

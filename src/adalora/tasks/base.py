@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 from transformers import AutoTokenizer, EvalPrediction, Trainer
 
-from adalora.errors import DataError
+from adalora.errors import DataError, RecipeError
 from adalora.tasks.data import Splits, columns_of
 from adalora.tasks.recipe import Recipe
 
@@ -37,6 +38,7 @@ class Task(ABC):
         peft_type: PEFT's task type, or None where PEFT has none that fits.
         label_names: Columns of the features that are targets.
         groups_by_length: Features have `input_ids`, by whose length batches can be put together.
+        needs: Packages of the extra `metrics` that it imports at the end of a run.
         main_metric: The metric by which a best evaluation is picked.
     """
 
@@ -44,6 +46,7 @@ class Task(ABC):
     peft_type: ClassVar[str | None] = None
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     groups_by_length: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ()
     main_metric: str = "loss"
 
     def __init__(self, recipe: Recipe, splits: Splits) -> None:
@@ -84,10 +87,17 @@ class Task(ABC):
 
 
 def make_task(recipe: Recipe, splits: Splits) -> Task:
-    """The task that a recipe names."""
+    """The task that a recipe names.
+
+    Raises:
+        RecipeError: A package that it needs at the end of the run is not installed.
+    """
     module, _, name = REGISTRY[recipe.task.name].partition(":")
-    task: Task = getattr(importlib.import_module(f"adalora.tasks.{module}"), name)(recipe, splits)
-    return task
+    chosen: type[Task] = getattr(importlib.import_module(f"adalora.tasks.{module}"), name)
+    missing = [package for package in chosen.needs if importlib.util.find_spec(package) is None]
+    if missing:
+        raise RecipeError(f"task.name={recipe.task.name!r} needs {', '.join(missing)}: pip install 'adalora[metrics]'")
+    return chosen(recipe, splits)
 
 
 def predict_metrics(trainer: Trainer, features: Any) -> tuple[Any, dict[str, float]]:

@@ -25,6 +25,7 @@ class CausalLMTask(Task):
     auto_class = AutoModelForCausalLM
     peft_type = "CAUSAL_LM"
     main_metric = "loss"
+    needs = ("rouge_score",)
 
     @property
     def options(self) -> CausalLM:

@@ -70,6 +70,15 @@ def columns_of(table: Any) -> list[str]:
     return list(table.column_names or next(iter(table)))
 
 
+def load_table_columns(path: str) -> list[str]:
+    """Column names of one local file.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    return columns_of(_read_files(DataPart(files=path), {"train": [path]})["train"])
+
+
 def _read(data: DataPart) -> dict[str, Any]:
     if data.files is not None:
         return _read_files(data, _files_by_split(data.files))

@@ -18,6 +18,7 @@ class ImageClassificationTask(Task):
 
     auto_class = AutoModelForImageClassification
     groups_by_length = False
+    needs = ("PIL",)
     main_metric = "accuracy"
 
     def __init__(self, recipe: Recipe, splits: Splits) -> None:

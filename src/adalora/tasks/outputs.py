@@ -50,7 +50,8 @@ def save_adapter(model: Any, processor: Any, folder: Path) -> None:
     """Write the plain LoRA adapter and the processor; the folder appears whole or not at all."""
     unfinished = folder.with_name(folder.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
+    # Embeddings are never resized here; PEFT would ask the hub whether they were.
+    model.save_pretrained(unfinished, save_embedding_layers=False)
     processor.save_pretrained(unfinished)
     labels = getattr(model.config, "id2label", None)
     write_text(unfinished / "labels.json", json.dumps(labels))

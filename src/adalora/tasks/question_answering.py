@@ -22,6 +22,7 @@ class QuestionAnsweringTask(Task):
     peft_type = "QUESTION_ANS"
     label_names = ("start_positions", "end_positions")
     main_metric = "loss"
+    needs = ("torchmetrics",)
 
     @property
     def options(self) -> QuestionAnswering:

@@ -19,6 +19,7 @@ class Seq2SeqTask(Task):
     auto_class = AutoModelForSeq2SeqLM
     peft_type = "SEQ_2_SEQ_LM"
     main_metric = "loss"
+    needs = ("rouge_score",)
 
     @property
     def options(self) -> Seq2Seq:

@@ -24,6 +24,7 @@ class SpeechTask(Task):
     peft_type = None  # PEFT's sequence-to-sequence type passes input_ids, which speech models do not take
     groups_by_length = False
     main_metric = "loss"
+    needs = ("jiwer", "soundfile")
 
     @property
     def options(self) -> SpeechToText:

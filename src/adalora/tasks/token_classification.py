@@ -21,6 +21,7 @@ class TokenClassificationTask(Task):
 
     auto_class = AutoModelForTokenClassification
     peft_type = "TOKEN_CLS"
+    needs = ("seqeval",)
 
     def __init__(self, recipe: Recipe, splits: Splits) -> None:
         super().__init__(recipe, splits)
