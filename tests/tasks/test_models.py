@@ -33,9 +33,9 @@ def test_a_head_that_the_checkpoint_lacks_is_trained_whole(tmp_path):
     model = RobertaForSequenceClassification(RobertaConfig(**SIZES))
     missing = {"classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight"}
     made = config(tmp_path, model, missing)
-    assert made.modules_to_save == ["classifier"]
     assert set(made.exclude_modules) == {"classifier.dense", "classifier.out_proj"}
     peft_model = models.get_peft_model(model, made)
+    assert made.modules_to_save == ["classifier", "score"]  # each once
     lora = {name for name, _ in peft_model.named_parameters() if ".lora_A" in name}
     assert lora
     assert not any("classifier" in name for name in lora)

@@ -13,6 +13,12 @@ from adalora.errors import RecipeError
 from adalora.tasks.base import Task
 from adalora.tasks.recipe import ModelPart, Recipe
 
+# Heads that PEFT adds to modules_to_save by itself, by its task type.
+PEFT_SAVES: dict[str | None, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 DEFAULT_LORA = {"r": 12, "target_modules": "all-linear"}
 
 
@@ -48,7 +54,8 @@ def build_model(recipe: Recipe, task: Task, processor: Any) -> Any:
 def lora_config(recipe: Recipe, task: Task, model: Any, fresh: list[str]) -> LoraConfig:
     """The recipe's LoraConfig; new modules are trained whole, and LoRA leaves them alone."""
     fields = {**DEFAULT_LORA, **recipe.lora}
-    saved = fields.setdefault("modules_to_save", fresh or None) or []
+    saved = fields.get("modules_to_save") or fresh
+    fields.setdefault("modules_to_save", [n for n in fresh if n not in PEFT_SAVES.get(task.peft_type, ())] or None)
     if "exclude_modules" not in fields:
         inside = tuple(f"{name}." for name in saved)
         hit = [
