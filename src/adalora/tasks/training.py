@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from adalora.errors import DataError
+from adalora.errors import DataError, RecipeError
 from adalora.tasks.base import Task
 from adalora.tasks.data import Splits
 from adalora.tasks.outputs import WORK
@@ -81,11 +81,19 @@ def training_arguments(recipe: Recipe, task: Task) -> TrainingArguments:
 
 
 def precision(training: TrainingPart) -> dict[str, bool]:
-    """bf16 or fp16 autocast; `auto` is bf16 where the GPU has it."""
+    """bf16 or fp16 autocast; `auto` is bf16 where the GPU has it.
+
+    Raises:
+        RecipeError: fp16 is wanted without a GPU.
+    """
     gpu_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu and training.precision == "fp16":
+        raise RecipeError("training.precision='fp16' needs a GPU; here: bf16 or fp32")
     return {
         "bf16": training.precision == "bf16" or (training.precision == "auto" and gpu_bf16),
         "fp16": training.precision == "fp16",
+        "use_cpu": on_cpu,  # or the Trainer takes bf16 for a mistake
     }
 
 
