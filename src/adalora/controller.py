@@ -22,9 +22,10 @@ from adalora.lora.scoring import Scorer
 from adalora.lora.triplets import find_triplets, fresh, rescale, write_patterns
 from adalora.recording import Recorder
 from adalora.report.history import History
+from adalora.report.plotting import HistoryPlots
 
 
-class RankController:
+class RankController(HistoryPlots):
     """Runs the method for one adapter of one model; made by `adalora.attach`.
 
     The optimizer is found by itself: a post-step hook of torch, global to the process, calls the controller once per

@@ -91,6 +91,7 @@ class Recorder:
             **{**self.position(schedule, step), "budget": int(keep.sum())},
             pruned=int((live_before & ~keep).sum()),
             revived=int((keep & ~live_before).sum()),
+            revived_triplets=self._places(keep & ~live_before),
             ranks=self.ranks,
             module_scores=[float(part[torch.isfinite(part)].sum()) for part in parts],
             orthogonality=orthogonality_error(self.handles),
@@ -99,6 +100,11 @@ class Recorder:
             update_ratio=None if self.history.last("handover") else update_ratio(self.handles),
             **describe_scores(scores, keep),
         )
+
+    def _places(self, chosen: Tensor) -> list[list[int]]:
+        """Module and number inside it of each chosen triplet."""
+        parts = torch.split(chosen, [h.rank for h in self.handles])
+        return [[module, int(i)] for module, part in enumerate(parts) for i in part.nonzero().flatten()]
 
     def handover(self, step: int) -> None:
         """P·Q were rewritten in their singular vectors."""

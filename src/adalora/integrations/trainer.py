@@ -13,6 +13,7 @@ from adalora.controller import RankController
 from adalora.errors import ConfigError
 from adalora.registry import attach
 from adalora.report.history import History
+from adalora.report.thresholds import DiagnosticThresholds
 
 
 class AdaLoraCallback(TrainerCallback):
@@ -24,6 +25,7 @@ class AdaLoraCallback(TrainerCallback):
         config: Settings; or give them as keywords, e.g. `target_rank=8`.
         adapter: Adapter to make adaptive; the active one by default.
         history: A `History` or a path for a JSON-lines file; in memory only by default.
+        thresholds: When a diagnostic of the run speaks up.
         **fields: Fields of `AdaLoraConfig`, instead of `config`.
     """
 
@@ -33,6 +35,7 @@ class AdaLoraCallback(TrainerCallback):
         *,
         adapter: str | None = None,
         history: History | str | os.PathLike[str] | None = None,
+        thresholds: DiagnosticThresholds | None = None,
         **fields: Any,
     ) -> None:
         if config is not None and fields:
@@ -40,6 +43,7 @@ class AdaLoraCallback(TrainerCallback):
         self.config = config or AdaLoraConfig(**fields)
         self.adapter = adapter
         self.history = history if isinstance(history, History) else History(history)
+        self.thresholds = thresholds
         self.controller: RankController | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -73,5 +77,7 @@ class AdaLoraCallback(TrainerCallback):
             self.controller.finalize()
 
     def _attach(self, model: nn.Module) -> RankController:
-        self.controller = attach(model, self.config, adapter=self.adapter, history=self.history)
+        self.controller = attach(
+            model, self.config, adapter=self.adapter, history=self.history, thresholds=self.thresholds
+        )
         return self.controller

@@ -89,7 +89,9 @@ def run_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console | No
     model = build_model(recipe, task)
     write_text(folder / RECIPE, dump_recipe(recipe))
     history = History(folder / HISTORY)
-    adaptive = AdaLoraCallback(recipe.adalora, history=history) if recipe.adalora is not None else None
+    adaptive = None
+    if recipe.adalora is not None:
+        adaptive = AdaLoraCallback(recipe.adalora, history=history, thresholds=recipe.diagnostics)
     bar = ProgressBar(console, adaptive)
     trainer = make_trainer(recipe, task, model=model, tokenizer=tokenizer, splits=splits)
     for callback in (adaptive, bar):
