@@ -172,6 +172,8 @@ class Diagnostics:
 
     def _orthogonality(self, record: Record) -> Iterable[tuple[str, str]]:
         error = record.get("orthogonality")
+        if record["step"] < self._start["warmup_steps"]:
+            return  # plain LoRA still, cut to its target
         if error is not None and error > self.thresholds.orthogonality:
             yield (
                 "orthogonality-not-reached",
