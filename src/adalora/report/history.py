@@ -10,6 +10,7 @@ One run is a list of flat JSON records, in memory and, if a path is given, one J
 `allocation`  step, phase, budget, live, threshold, pruned, revived, ranks[], scores{min, q05, q25, q50, q75,
               q95, max, histogram[32], edges_log10[33], below_threshold}, module_scores[], orthogonality,
               skipped_steps, update_ratio (‖ΔW‖ / ‖W‖ of the median module; where known),
+              triplet_scores[][] (of the triplets kept, once the budget has reached its target),
               revived_triplets[[module, triplet]] (numbers from 0; a triplet keeps its number until the compaction)
 `compaction`  step, ranks[], parameters_before, parameters_after, bytes_before, bytes_after
 `metric`      step, split, values{}
