@@ -23,3 +23,6 @@ def test_the_table_is_the_measurement():
     settings = found["settings"]
     assert f"{settings['test_rows']} held-out digits" in text
     assert f"over {settings['seeds']} seeds" in text
+    own = found["trained_at_the_budget"]
+    means = [np.mean([r["accuracy"] for r in own if r["budget"] == budget]) for budget in (0.2, 0.4, 0.6)]
+    assert "reach {:.3f}, {:.3f} and\n{:.3f}.".format(*means) in text

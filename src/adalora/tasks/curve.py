@@ -85,7 +85,7 @@ def budget_curve(
         split: `validation`, `test` or `train` of the run's data; by default what the run was measured on.
         order: `score` (the run's own, from its last allocation), `sensitivity` (measured on training rows) or
             `energy`. By default `score` where the run has recorded it, else `energy`.
-        budgets: Shares of the adapter's LoRA parameters, above 0 and up to 1.
+        budgets: Shares of the adapter's LoRA parameters, above 0 and up to 1; one that keeps no triplet is left out.
         progress: Called with every point.
 
     Raises:
@@ -109,7 +109,10 @@ def budget_curve(
         trainer = _trainer(recipe, task, adapter, processor=processor, splits=splits, work=work)
         triplets = _order(run, adapter, order, trainer=trainer)
         points = []
+        least = min((f.d_out + f.d_in for f in adapter.factors.values()), default=0)
         for budget in sorted(set(budgets)):
+            if budget * adapter.parameters < least and budget < 1:
+                continue  # not one triplet fits
             cut = cut_by(adapter, budget, triplets)
             scores = score_with(trainer.model, cut.adapter, lambda _: task.evaluate(trainer, rows, processor))
             points.append(CurvePoint(budget, cut.parameters_after, sum(cut.adapter.ranks.values()), scores))
