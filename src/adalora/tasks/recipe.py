@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from adalora.config import AdaLoraConfig
 from adalora.errors import RecipeError
+from adalora.report.thresholds import DiagnosticThresholds
 from adalora.tasks.options import CausalLM, TaskOptions
 from adalora.tasks.problems import describe, suggest
 from adalora.tasks.recipe_checks import check_causal_columns, check_lora_fields, resolve_model_name
@@ -186,6 +187,7 @@ class Recipe(Part):
         lora: Fields of `peft.LoraConfig`.
         adalora: Fields of `AdaLoraConfig`; `null` trains plain LoRA.
         training: See `TrainingPart`.
+        diagnostics: Fields of `DiagnosticThresholds`: when a diagnostic of the run speaks up.
         output: Folder that the run is written to.
         published: A published result to compare with.
     """
@@ -198,6 +200,7 @@ class Recipe(Part):
     lora: dict[str, Any] = {}
     adalora: AdaLoraConfig | None = None
     training: TrainingPart = TrainingPart()
+    diagnostics: DiagnosticThresholds = DiagnosticThresholds()
     output: str = Field(min_length=1)
     published: Published | None = None
 
@@ -255,5 +258,6 @@ class Recipe(Part):
             fields["adalora"] = self.adalora.model_dump(mode="json", exclude_unset=True, exclude_none=True)
         else:
             fields["adalora"] = None
+        fields["diagnostics"] = self.diagnostics.model_dump(mode="json", exclude_defaults=True)
         fields["data"]["splits"] = dict(self.data.splits)
         return fields

@@ -82,7 +82,9 @@ def run_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console | No
     processor = build_processor(recipe, task)
     model = build_model(recipe, task, processor)
     history = History(folder / HISTORY if first else None)
-    adaptive = AdaLoraCallback(recipe.adalora, history=history) if recipe.adalora is not None else None
+    adaptive = None
+    if recipe.adalora is not None:
+        adaptive = AdaLoraCallback(recipe.adalora, history=history, thresholds=recipe.diagnostics)
     trainer = make_trainer(recipe, task, model=model, processor=processor, splits=splits)
     if first:
         write_text(folder / RECIPE, dump_recipe(recipe))
