@@ -55,7 +55,9 @@ class AdaLoraConfig(BaseModel):
         compact: Remove pruned triplets physically when the budget has reached its target.
         compact_at: Remove them earlier too, at these fractions of the decrease, e.g. `(0.5, 0.75)`: what is removed
             cannot return. None: once, at its end.
-        seed: Of importance `"random"`.
+        nested: In the final phase, leave out a random tail of the triplets' order at half of the steps, so that the
+            adapter can be cut to smaller budgets afterwards. It costs quality at the full budget.
+        seed: Of importance `"random"` and of `nested`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
@@ -78,6 +80,7 @@ class AdaLoraConfig(BaseModel):
     revival: bool = True
     compact: bool = True
     compact_at: tuple[float, ...] | None = None
+    nested: bool = False
     seed: int = 0
 
     def __init__(self, **fields: Any) -> None:
@@ -92,7 +95,7 @@ class AdaLoraConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name not in ("handover", "revival", "compact"):
+        if isinstance(value, bool) and info.field_name not in ("handover", "revival", "compact", "nested"):
             raise ValueError("is true or false where a number or a name is wanted")
         return value
 
@@ -147,6 +150,8 @@ class AdaLoraConfig(BaseModel):
             raise ValueError("compact_at has no effect with compact=False: leave one of them out")
         if self.orthogonality == "off" and "orthogonality_weight" in given and self.orthogonality_weight:
             raise ValueError('orthogonality_weight has no effect with orthogonality="off": leave it out')
+        if self.nested and not self.compact:
+            raise ValueError("nested=True needs compact=True: the order is that of the triplets that stay")
         if self.schedule == "constant":
             for name in (
                 "importance",
@@ -154,6 +159,7 @@ class AdaLoraConfig(BaseModel):
                 "max_rank",
                 "allocation_interval",
                 "revival",
+                "nested",
                 "budget_scope",
                 "compact_at",
             ):

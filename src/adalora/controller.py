@@ -17,6 +17,7 @@ from adalora.errors import AdaLoraWarning, AttachError, CompactionError, ConfigE
 from adalora.lora.budget import adapter_size, target_triplets
 from adalora.lora.compaction import compact
 from adalora.lora.forward import TripletVariant
+from adalora.lora.nested import NestedTruncation, refuse_unfit
 from adalora.lora.optimizer_state import weight_copies
 from adalora.lora.orthogonal import decoupled_step, hand_over
 from adalora.lora.replicas import Replicas
@@ -24,10 +25,11 @@ from adalora.lora.scoring import Scorer
 from adalora.lora.triplets import find_triplets, fresh, lora_config, rescale
 from adalora.recording import Recorder
 from adalora.report.history import History
+from adalora.report.plotting import HistoryPlots
 from adalora.resuming import Resumable
 
 
-class RankController(Resumable):
+class RankController(Resumable, HistoryPlots):
     """Runs the method for one adapter of one model; made by `adalora.attach`.
 
     The optimizer is found by itself: a post-step hook of torch, global to the process, calls the controller once per
@@ -64,6 +66,9 @@ class RankController(Resumable):
         self._record = Recorder(history, self.handles)
         self._written_ranks = [h.rank for h in self.handles]
         self._excluded = lora_config(model, adapter).exclude_modules
+        self._nested: NestedTruncation | None = None
+        if config.nested:
+            refuse_unfit(self.handles)
         self._versions = [h.P_parameter._version for h in self.handles]
         if total_steps is not None:
             self.set_total_steps(total_steps)
@@ -185,6 +190,8 @@ class RankController(Resumable):
             self._enter_final_phase()
         self._record.step(schedule, step)
         self.step += 1
+        if self.config.nested and step >= schedule.decrease_end:
+            self._truncate_at_random()
 
     def _plain_lora(self) -> bool:
         """Up to the hand-over the adapter trains exactly as LoRA does."""
@@ -265,6 +272,19 @@ class RankController(Resumable):
         self._write_patterns()
         self._record.compaction(self.step, before=before, after=adapter_size(self.handles))
 
+    def _go_on(self) -> None:
+        if self.config.nested and self.step > self.schedule.decrease_end:
+            self._truncate_at_random()
+
+    def _truncate_at_random(self) -> None:
+        """Draw what the coming step trains; the order is that of the last allocation, which a resumed run has too."""
+        if self._nested is None:
+            record = self.history.last("allocation")
+            if record is None or "triplet_scores" not in record:
+                return
+            self._nested = NestedTruncation(self.handles, record["triplet_scores"], seed=self.config.seed)
+        self._nested.draw(self.step)
+
     def finalize(self, *, cut: bool = True) -> None:
         """End the run: bring the adapter to its target even if the training ended before the schedule did.
 
@@ -292,6 +312,8 @@ class RankController(Resumable):
             with torch.no_grad():
                 self._allocate(self.target_budget)
                 self._enter_final_phase()
+        if self._nested is not None:
+            self._nested.stop()
         if Replicas(self.model).several:
             self.compact()  # put off until now
         self.finished = True

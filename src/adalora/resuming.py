@@ -55,6 +55,10 @@ class Resumable:
         """See `RankController`."""
         raise NotImplementedError
 
+    def _go_on(self) -> None:
+        """What else the coming step needs."""
+        raise NotImplementedError
+
     def owns(self, optimizer: Optimizer) -> bool:
         """See `RankController`."""
         raise NotImplementedError
@@ -114,6 +118,7 @@ class Resumable:
         )
         self.step, self.allocations, self.finished = state["step"], state["allocations"], state["finished"]
         self.history.restore(state["history"])
+        self._go_on()
 
     def _check_state(self, state: dict[str, Any]) -> None:
         wrong = explain_differences(state["config"], self.config.model_dump(mode="json"))

@@ -15,9 +15,11 @@ from adalora.config import AdaLoraConfig
 from adalora.controller import RankController
 from adalora.errors import AdaLoraWarning, CheckpointError, ConfigError, TrainingError
 from adalora.integrations.interrupt import Interrupt
+from adalora.integrations.loggers import LoggerBridge
 from adalora.lora.checkpoint import DESCRIPTION, latest_checkpoint, read_state, write_state
 from adalora.registry import attach, controllers
 from adalora.report.history import History
+from adalora.report.thresholds import DiagnosticThresholds
 
 
 class AdaLoraCallback(TrainerCallback, ExportableState):
@@ -25,13 +27,15 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
 
     Attaches before the optimizer exists and takes the number of steps from the trainer. Every checkpoint gets the exact
     training state beside the plain adapter; `trainer.train(resume_from_checkpoint=…)` goes on from it bit for bit.
-    Ctrl-C ends the step, writes a checkpoint and says how to go on; a second one stops at once.
+    Ctrl-C ends the step, writes a checkpoint and says how to go on; a second one stops at once. The trainer's
+    `report_to` loggers get budget, live triplets, phase and orthogonality with every loss, and the ranks as a picture.
 
     Args:
         config: Settings; or give them as keywords, e.g. `target_rank=8`.
         adapter: Adapter to make adaptive; the active one by default.
         history: A `History` or a path for a JSON-lines file; in memory only by default.
         resume_hint: What the user is told after Ctrl-C, with `{checkpoint}` for the folder.
+        thresholds: When a diagnostic of the run speaks up.
         **fields: Fields of `AdaLoraConfig`, instead of `config`.
     """
 
@@ -42,6 +46,7 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
         adapter: str | None = None,
         history: History | str | os.PathLike[str] | None = None,
         resume_hint: str = "trainer.train(resume_from_checkpoint={checkpoint!r})",
+        thresholds: DiagnosticThresholds | None = None,
         **fields: Any,
     ) -> None:
         if config is not None and fields:
@@ -50,10 +55,12 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
         self.adapter = adapter
         self.history = history if isinstance(history, History) else History(history)
         self.resume_hint = resume_hint
-        self.controller: RankController | None = None
         self._interrupt = Interrupt()
         self._args: TrainingArguments | None = None
         self._trainer_state: TrainerState | None = None
+        self.thresholds = thresholds
+        self.controller: RankController | None = None
+        self._bridge = LoggerBridge(None, [])
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Attach to the model before the trainer makes the optimizer."""
@@ -68,6 +75,7 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
         """Take the number of optimizer steps from the trainer, or go on from the checkpoint that it has loaded."""
         _refuse_deepspeed(args)
         controller = self.controller or self._attach(kwargs["model"])
+        self._bridge = LoggerBridge.beside(self, controller)
         self._args, self._trainer_state = args, state
         if state.global_step > 0 and controller.step != state.global_step:
             self._resume(controller, args, state, kwargs.get("optimizer"))
@@ -116,6 +124,8 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
         if self.controller is None or state.global_step == 0:
             return
         if "loss" in logs:
+            self._bridge.scalars(logs)
+            self._bridge.picture(state)
             self.controller.log(loss=logs["loss"], learning_rate=logs.get("learning_rate"))
         evaluated = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
         if evaluated:
@@ -132,6 +142,7 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
         if best is not None and (Path(best) / DESCRIPTION).is_file():
             self._settle_on_best(self.controller, best)
         self.controller.finalize(cut=best is None)
+        self._bridge.picture(state)
 
     def _settle_on_best(self, controller: RankController, best: str) -> None:
         content = read_state(best, rest=False)
@@ -175,7 +186,9 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
     def _attach(self, model: nn.Module) -> RankController:
         name = self.adapter or getattr(model, "active_adapter", "default")
         present = controllers(model).get(name) if isinstance(name, str) else None
-        self.controller = present or attach(model, self.config, adapter=self.adapter, history=self.history)
+        self.controller = present or attach(
+            model, self.config, adapter=self.adapter, history=self.history, thresholds=self.thresholds
+        )
         self.history = self.controller.history
         return self.controller
 
