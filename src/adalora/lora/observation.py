@@ -59,10 +59,11 @@ class Observation:
         """The weights have moved."""
         if observe and self.config.score_weights == "after":
             if self.config.score_gradient == "task":
+                scale = loss_scale(optimizer)
                 for parameter, term in self._added:
                     if parameter.grad is not None:
-                        parameter.grad.sub_(term)
-            self.scorer.observe(loss_scale=loss_scale(optimizer))
+                        parameter.grad.sub_(term, alpha=1 / scale)
+            self.scorer.observe()  # torch's fused optimizers leave the gradients unscaled behind
         self._added.clear()
         if regularise and self.config.orthogonality == "decoupled" and self.config.orthogonality_weight:
             step_apart = decoupled_step if self.config.parametrization == "lora" else decoupled_svd_step
