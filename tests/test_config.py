@@ -91,6 +91,7 @@ REFUSED = [
         {"parametrization": "svd", "scale": "matched", "initialization": "keep"},
         'scale="matched" has no effect with initialization="keep": use scale="target"',
     ),
+    ({"nested": True, "reorthonormalize": True}, "nested=True contradicts reorthonormalize=True"),
     # Without effect
     *[
         ({"importance": "magnitude", name: value}, f'{name} has no effect with importance="magnitude" (no gradient')

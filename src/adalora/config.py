@@ -25,7 +25,7 @@ Span: TypeAlias = int | float
 
 BUDGET_FIELDS = ("target_rank", "total_rank", "total_parameters", "adapter_bytes")
 DEFAULT_TARGET_RANK = 8
-SWITCHES = ("handover", "revival", "compact", "reorthonormalize", "released_schedule")
+SWITCHES = ("handover", "revival", "compact", "reorthonormalize", "released_schedule", "nested")
 GRADIENT_SCORES = ("sensitivity_uncertainty", "ratio", "sensitivity", "lambda_sensitivity")
 AMOUNT = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<prefix>[kKMG]?)(?P<binary>i?)(?P<bytes>B?)")
 
@@ -79,7 +79,9 @@ class AdaLoraConfig(BaseModel):
         orthogonality_weight: γ of Eq. 4.
         revival: Pruned triplets may return while the budget shrinks, as in the paper.
         compact: Remove pruned triplets physically when the budget has reached its target.
-        seed: Of importance `"random"` and of the initialization.
+        nested: In the final phase, leave out a random tail of the triplets' order at half of the steps, so that the
+            adapter can be cut to smaller budgets afterwards. It costs quality at the full budget.
+        seed: Of importance `"random"`, of the initialization and of `nested`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
@@ -111,6 +113,7 @@ class AdaLoraConfig(BaseModel):
     orthogonality_weight: float = Field(default=0.1, ge=0)
     revival: bool = True
     compact: bool = True
+    nested: bool = False
     seed: int = 0
 
     def __init__(self, **fields: Any) -> None:
@@ -197,6 +200,10 @@ class AdaLoraConfig(BaseModel):
         for name, because in self._without_effect():
             if name in self.model_fields_set:
                 raise ValueError(f"{name} has no effect with {because}: leave it out")
+        if self.nested and not self.compact:
+            raise ValueError("nested=True needs compact=True: the order is that of the triplets that stay")
+        if self.nested and self.reorthonormalize:
+            raise ValueError("nested=True contradicts reorthonormalize=True: the order is that of the scored triplets")
         if self.parametrization == "lora":
             self._refuse_svd_only()
         elif self.handover:
@@ -211,7 +218,7 @@ class AdaLoraConfig(BaseModel):
             found.append(("orthogonality_weight", 'orthogonality="off"'))
         if self.schedule == "constant":
             ranking = ("importance", "min_rank", "max_rank", "allocation_interval", "revival", "budget_scope")
-            more = ("budget_cost", "released_schedule", "reorthonormalize", "handover")
+            more = ("budget_cost", "released_schedule", "reorthonormalize", "handover", "nested")
             found += [(name, 'schedule="constant" (no allocation)') for name in (*ranking, *more)]
         if self.importance not in GRADIENT_SCORES or self.schedule == "constant":
             names = ("sensitivity_beta", "uncertainty_beta", "score_gradient", "score_weights")

@@ -95,6 +95,8 @@ class Recorder:
             **{**self.position(schedule, step), "budget": int(keep.sum())},
             pruned=int((live_before & ~keep).sum()),
             revived=int((keep & ~live_before).sum()),
+            revived_triplets=self._places(keep & ~live_before),
+            **self._kept_scores(scores, keep, schedule),
             ranks=self.ranks,
             module_scores=[float(part[torch.isfinite(part)].sum()) for part in parts],
             orthogonality=orthogonality_error(self.handles),
@@ -103,6 +105,19 @@ class Recorder:
             update_ratio=None if self.history.last("handover") else update_ratio(self.handles),
             **describe_scores(scores, keep),
         )
+
+    def _kept_scores(self, scores: Tensor, keep: Tensor, schedule: BudgetSchedule) -> dict[str, Any]:
+        """Scores of the triplets that stay for good, by module: the order in which the final adapter can be cut."""
+        if int(keep.sum()) > schedule.target_budget:
+            return {}
+        ranks = [h.rank for h in self.handles]
+        parts = zip(torch.split(scores.double(), ranks), torch.split(keep, ranks))
+        return {"triplet_scores": [part[kept].tolist() for part, kept in parts]}
+
+    def _places(self, chosen: Tensor) -> list[list[int]]:
+        """Module and number inside it of each chosen triplet."""
+        parts = torch.split(chosen, [h.rank for h in self.handles])
+        return [[module, int(i)] for module, part in enumerate(parts) for i in part.nonzero().flatten()]
 
     def handover(self, step: int) -> None:
         """P·Q were rewritten in their singular vectors."""

@@ -9,6 +9,9 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor
 from torch.nn import functional
 
+# Attribute of a layer: adapter name -> which triplets take part in training, [r] bool (nested training).
+DROPPED = "adalora_dropped"
+
 
 class TripletVariant(LoraVariant):
     """Plain LoRA with one fused product: result + (s·dropout(x) Qᵀ) Pᵀ.
@@ -42,6 +45,8 @@ class TripletVariant(LoraVariant):
         Q_ri = module.lora_A[active_adapter].weight
         P_or = module.lora_B[active_adapter].weight
         h = functional.linear(module.lora_dropout[active_adapter](x), Q_ri) * module.scaling[active_adapter]
+        if module.training and (live := getattr(module, DROPPED, {}).get(active_adapter)) is not None:
+            h = h * live
         if h.dtype != result.dtype or P_or.dtype != h.dtype:
             return result + functional.linear(h, P_or)
         rows = torch.addmm(result.reshape(-1, result.shape[-1]), h.reshape(-1, h.shape[-1]), P_or.T)

@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adalora.lora.forward import TripletVariant
+from adalora.lora.forward import DROPPED, TripletVariant
 from adalora.lora.triplets import TripletHandle
 
 
@@ -25,6 +25,8 @@ class SvdLinear(TripletVariant):
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Base output plus the adapter's part, same shape as `result`."""
         h = functional.linear(module.lora_dropout[active_adapter](x), module.lora_A[active_adapter].weight)
+        if module.training and (live := getattr(module, DROPPED, {}).get(active_adapter)) is not None:
+            h = h * live
         part = functional.linear(h * _weights(module, active_adapter), module.lora_B[active_adapter].weight)
         return result + part
 
