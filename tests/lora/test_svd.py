@@ -280,3 +280,29 @@ def test_a_number_is_the_scale():
         assert model.peft_config["default"].lora_alpha == 10
         (pattern,) = model.peft_config["default"].alpha_pattern.values()
         assert pattern == 7.5
+
+
+def test_nested_training_leaves_triplets_out():
+    """Half of the steps of the final phase train a part; in evaluation all triplets count."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.second(torch.tanh(self.first(x)))
+
+    torch.manual_seed(1)
+    model = get_peft_model(Two(), LoraConfig(r=RANK, lora_alpha=8, target_modules=["first", "second"]))
+    adalora.attach(model, parametrization="svd", target_rank=2, total_steps=STEPS, nested=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-1)
+    x, differs = torch.randn(16, 5), 0
+    for _ in range(STEPS):
+        model.train()
+        in_training = model(x)
+        in_training.square().mean().backward()
+        differs += not torch.allclose(model.eval()(x), in_training)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert 2 < differs < 13
