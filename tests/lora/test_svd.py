@@ -184,6 +184,15 @@ def test_a_deep_copy_is_a_model_of_its_own(trained):
     assert not any("lambda" in key for key in folded)
 
 
+def test_the_whole_model_can_be_pickled(trained, tmp_path):
+    model, _ = trained
+    expected = answer(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(answer(loaded), expected)
+    torch.testing.assert_close(answer(loaded.merge_and_unload()), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_the_end_is_plain_lora():
     model = lora()
     controller = attach(model)

@@ -6,7 +6,6 @@ A state dict holds P·diag(λ) as `lora_B` and no λ: stock PEFT loads it. Loadi
 
 from __future__ import annotations
 
-import types
 from typing import Any, cast
 
 import torch
@@ -77,7 +76,7 @@ def add_lambda(handle: TripletHandle, weights: Tensor, *, gain: float = 1.0) -> 
         layer.other_param_names = (*layer.other_param_names, "lora_gain")
         layer.register_state_dict_post_hook(_fold_in_state)
         layer.register_load_state_dict_pre_hook(_split_in_state)
-        layer.get_delta_weight = types.MethodType(_delta_weight, layer)
+        layer.get_delta_weight = _DeltaWeight(layer)
     P = handle.P_parameter
     layer.lora_lambda[name] = nn.Parameter(weights.to(P.device, P.dtype), requires_grad=P.requires_grad)
     layer.lora_gain[name] = gain
@@ -150,16 +149,26 @@ def _split_in_state(module: Any, state: dict[str, Any], prefix: str, *_: Any) ->
         state[own] = (ratio / module.lora_gain[adapter]).to(live.dtype)
 
 
-def _delta_weight(self: Any, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
-    """PEFT's `get_delta_weight` on P·diag(λ): merging, unmerging and whatever else asks for ΔW."""
-    of_class = type(self).get_delta_weight
-    if adapter not in self.lora_lambda:
-        return cast(Tensor, of_class(self, adapter, *args, **kwargs))
-    P = self.lora_embedding_A[adapter] if adapter in self.lora_embedding_A else self.lora_B[adapter].weight
-    original = P.data
-    factor = _column(self, adapter, self.lora_lambda[adapter].detach()) * self.lora_gain[adapter]
-    try:
-        P.data = original * factor
-        return cast(Tensor, of_class(self, adapter, *args, **kwargs))
-    finally:
-        P.data = original
+class _DeltaWeight:
+    """PEFT's `get_delta_weight` on P·diag(λ): merging, unmerging and whatever else asks a layer for its ΔW.
+
+    An object and no bound function: those cannot be pickled with their layer.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def __call__(self, adapter: str, *args: Any, **kwargs: Any) -> Tensor:
+        layer = self._layer
+        of_class = type(layer).get_delta_weight
+        if adapter not in layer.lora_lambda:
+            return cast(Tensor, of_class(layer, adapter, *args, **kwargs))
+        in_embedding = adapter in layer.lora_embedding_A
+        P = layer.lora_embedding_A[adapter] if in_embedding else layer.lora_B[adapter].weight
+        original = P.data
+        factor = _column(layer, adapter, layer.lora_lambda[adapter].detach()) * layer.lora_gain[adapter]
+        try:
+            P.data = original * factor
+            return cast(Tensor, of_class(layer, adapter, *args, **kwargs))
+        finally:
+            P.data = original
