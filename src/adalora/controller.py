@@ -158,7 +158,7 @@ class RankController(HistoryPlots):
         """Whether this optimizer trains the triplets."""
         if self._optimizers.knows(optimizer):
             return True
-        mine = {id(p) for h in self.handles if not h.removed for p, _ in h.parameters}
+        mine = {id(p) for h in self.handles if not h.removed for p, _ in h.factors.values()}
         return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
 
     @property

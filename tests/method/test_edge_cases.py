@@ -217,7 +217,7 @@ def test_parameter_types(kind, dtype):
     left = next(iter(controller._scorer._left.values()))
     assert {left.factors.sensitivity.dtype, left.weights.uncertainty.dtype} == {torch.float32}
     losses += train(model, adamw(model, eps=1e-4, lr=3e-3), STEPS - 20, dtype=dtype)
-    assert {p.dtype for h in controller.handles if not h.removed for p, _ in h.parameters} == {dtype}
+    assert {p.dtype for h in controller.handles if not h.removed for p, _ in h.factors.values()} == {dtype}
     assert torch.tensor(losses).isfinite().all()
     assert controller.live == 14
 
@@ -234,7 +234,7 @@ def test_autocast(kind):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert {p.dtype for h in controller.handles if not h.removed for p, _ in h.parameters} == {torch.float32}
+    assert {p.dtype for h in controller.handles if not h.removed for p, _ in h.factors.values()} == {torch.float32}
     assert controller.live == 14
 
 
@@ -274,7 +274,7 @@ def test_P_and_Q_in_two_optimizers_make_one_step(kind):
     model = lora()
     controller = attach(model, kind)
     lefts = [h.P_parameter for h in controller.handles]
-    rest = [p for h in controller.handles for p, _ in h.parameters if not any(p is left for left in lefts)]
+    rest = [p for h in controller.handles for p, _ in h.factors.values() if not any(p is left for left in lefts)]
     optimizers = [torch.optim.AdamW(lefts, lr=1e-2), torch.optim.AdamW(rest, lr=1e-2)]
     for step in range(STEPS):
         x, y = batch(step)

@@ -30,7 +30,7 @@ class Oracle:
     """Running averages of every number of every module, and what the scores are made of."""
 
     def __init__(self, handles):
-        self.averages = [[[Average() for _ in range(p.numel())] for p, _ in h.parameters] for h in handles]
+        self.averages = [[[Average() for _ in range(p.numel())] for p, _ in h.factors.values()] for h in handles]
         self.lambdas = [[Average() for _ in range(h.rank)] for h in handles]
 
     def observe(self, number, weights, gradients):
@@ -75,7 +75,7 @@ class Oracle:
 
 def matrices(h):
     """P, Q and λ of a layer, in float64, copies."""
-    return [p.detach().double().clone() for p, _ in h.parameters]
+    return [p.detach().double().clone() for p, _ in h.factors.values()]
 
 
 def orthogonality_gradients(handles, kind):
@@ -123,7 +123,7 @@ def test_scores_and_masks_at_every_step(kind, orthogonality, importance, gradien
         optimizer.zero_grad()
         (model(x) - y).square().mean().backward()
         before = [matrices(h) for h in handles]
-        gradients = [[p.grad.double().clone() for p, _ in h.parameters] for h in handles]
+        gradients = [[p.grad.double().clone() for p, _ in h.factors.values()] for h in handles]
         if coupled:
             extra = orthogonality_gradients(handles, orthogonality)
             total = [[g + e for g, e in zip(mine, term)] + mine[2:] for mine, term in zip(gradients, extra)]

@@ -186,5 +186,5 @@ def group_name(module: str, scope: str) -> str:
 
 def adapter_size(handles: list[TripletHandle]) -> tuple[int, int]:
     """Parameters and bytes that the adapter's factors take in memory."""
-    tensors = [p for h in handles if not h.removed for p, _ in h.parameters]
+    tensors = [p for h in handles if not h.removed for p, _ in h.factors.values()]
     return sum(p.numel() for p in tensors), sum(p.numel() * p.element_size() for p in tensors)

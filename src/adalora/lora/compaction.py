@@ -25,7 +25,7 @@ def compact(handles: list[TripletHandle], optimizer: Optimizer | None) -> None:
         CompactionError: The optimizer holds state that cannot be cut; nothing has been changed then.
     """
     pruned = [h for h in handles if not h.removed and not bool(h.mask.all())]
-    cuts = [(p, dim, h.mask) for h in pruned for p, dim in h.parameters]
+    cuts = [(p, dim, h.mask) for h in pruned for p, dim in h.factors.values()]
     for parameter, dim, _ in cuts:
         _check_state(parameter, dim, optimizer)
     for parameter, dim, mask in cuts:
@@ -48,7 +48,7 @@ def _settle(handle: TripletHandle, optimizer: Optimizer | None) -> None:
         elif name in layer.lora_A:
             layer.lora_A[name].out_channels = layer.lora_B[name].in_channels = rank
         return
-    gone = {id(parameter) for parameter, _ in handle.parameters}
+    gone = {id(parameter) for parameter, _ in handle.factors.values()}
     if optimizer is not None:
         for group in optimizer.param_groups:
             for parameter in [p for p in group["params"] if id(p) in gone]:

@@ -56,7 +56,7 @@ class Scorer:
         if not self.needs_averages:
             return
         self.observed += 1
-        gradients = [p.grad for h in self.handles if h.rank for p, _ in h.parameters if p.grad is not None]
+        gradients = [p.grad for h in self.handles if h.rank for p, _ in h.factors.values() if p.grad is not None]
         # In float16 the norm itself would overflow.
         wide = [g if g.dtype in (torch.float32, torch.float64) else g.float() for g in gradients]
         norms = torch._foreach_norm(wide) if wide else []

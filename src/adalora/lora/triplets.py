@@ -78,11 +78,13 @@ class TripletHandle:
         return cast(nn.Parameter, weights[self.adapter]) if weights is not None and self.adapter in weights else None
 
     @property
-    def parameters(self) -> list[tuple[nn.Parameter, int]]:
-        """Everything that is trained, each with its dimension that counts triplets."""
-        found = [(self.P_parameter, self.P_dim), (self.Q_parameter, self.Q_dim)]
+    def factors(self) -> dict[str, tuple[nn.Parameter, int]]:
+        """Every parameter of the layer's triplets, with its dimension that counts triplets: "P", "Q" and "lambda"."""
+        if self.removed:
+            return {}
+        found = {"P": (self.P_parameter, self.P_dim), "Q": (self.Q_parameter, self.Q_dim)}
         weights = self.lambda_parameter
-        return found if weights is None else [*found, (weights, 0)]
+        return found if weights is None else {**found, "lambda": (weights, 0)}
 
     @property
     def P_dim(self) -> int:
