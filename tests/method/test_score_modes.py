@@ -91,6 +91,7 @@ def orthogonality_gradients(handles, kind):
     return [list(flat[2 * k : 2 * k + 2]) for k in range(len(handles))]
 
 
+@pytest.mark.filterwarnings("ignore:unstable-scores")  # true of the ratio, which is dimensionless noise near a minimum
 @pytest.mark.parametrize(("kind", "orthogonality", "importance", "gradient", "weights"), MODES)
 def test_scores_and_masks_at_every_step(kind, orthogonality, importance, gradient, weights):
     model = lora(r=3, targets=["query", "down", "head"])
