@@ -23,6 +23,7 @@ class Scorer:
     def __init__(self, handles: Sequence[TripletHandle], config: AdaLoraConfig) -> None:
         self.handles = list(handles)
         self.config = config
+        self.observed = 0
         self.skipped = 0
         self._left: dict[tuple[int, ...], _Left] = {}
         self._right: dict[tuple[int, ...], _Right] = {}
@@ -36,6 +37,11 @@ class Scorer:
     def reset(self) -> None:
         """Forget the averages and free their memory."""
         self._left, self._right = {}, {}
+
+    def skip(self) -> None:
+        """Count a step that moved no weight."""
+        self.observed += 1
+        self.skipped += 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages of every layer, by module name, and the state of the random scores."""
@@ -80,21 +86,36 @@ class Scorer:
                 yield f"{self.handles[number].name}.Q", right.factors, row
 
     @torch.no_grad()
-    def observe(self) -> None:
-        """Take one optimizer step's weights and gradients into the averages."""
+    def observe(self, *, loss_scale: float = 1.0) -> None:
+        """Take one optimizer step's weights and gradients into the averages.
+
+        A step with infinite or NaN gradients, or with none at all, is left out and counted.
+
+        Args:
+            loss_scale: What the gradients are multiplied with: a GradScaler's scale where the optimizer unscales them
+                itself.
+        """
         if not self.needs_averages:
             return
-        gradients = [p.grad for h in self.handles for p in (h.P_parameter, h.Q_parameter) if p.grad is not None]
-        if not gradients or not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
+        self.observed += 1
+        gradients = [p.grad for h in self.handles if h.rank for p, _ in h.factors.values() if p.grad is not None]
+        # In float16 the norm itself would overflow.
+        wide = [g if g.dtype in (torch.float32, torch.float64) else g.float() for g in gradients]
+        norms = torch._foreach_norm(wide) if wide else []
+        if not gradients or not bool(torch.stack([n.to(norms[0].device) for n in norms]).isfinite().all()):
             self.skipped += 1
             return
         if not self._left:
             self._build()
-        betas = {"beta1": self.config.sensitivity_beta, "beta2": self.config.uncertainty_beta}
+        averaging = {
+            "beta1": self.config.sensitivity_beta,
+            "beta2": self.config.uncertainty_beta,
+            "unscale": 1 / loss_scale,
+        }
         for left in self._left.values():
-            left.observe(**betas)
+            left.observe(**averaging)
         for right in self._right.values():
-            right.observe(**betas)
+            right.observe(**averaging)
 
     def scores(self) -> Tensor:
         """S for every triplet of every layer, layer after layer, [n], on the CPU."""
@@ -102,7 +123,8 @@ class Scorer:
         if kind == "random":
             return torch.rand(sum(h.rank for h in self.handles), generator=self._random)
         if not self.needs_averages:
-            return torch.cat([_magnitude(h) for h in self.handles]).cpu()
+            measure = _absolute_lambda if kind == "lambda_magnitude" else _magnitude
+            return torch.cat([measure(h).cpu() for h in self.handles if h.rank] or [torch.empty(0)])
         if not self._left:
             self._build()
         parts: list[Tensor] = [torch.empty(0)] * len(self.handles)
@@ -118,7 +140,7 @@ class Scorer:
                 score_Q = right.factors.score(elementwise).mean(dim=2)
                 for k, number in enumerate(right.members):
                     parts[number] = parts[number] + score_Q[k]
-        return torch.cat(parts).cpu()
+        return torch.cat([part.cpu() for part in parts])
 
     def _build(self) -> None:
         for number, h in enumerate(self.handles):
@@ -135,9 +157,16 @@ class Scorer:
 
 
 def _magnitude(h: TripletHandle) -> Tensor:
-    """‖P_i‖·‖Q_i‖·s: the singular value where P and Q are orthogonal, [r]."""
-    lengths: Tensor = h.P_or.float().norm(dim=0) * h.Q_ri.float().norm(dim=1)
+    """|λ_i|·‖P_i‖·‖Q_i‖·s: the singular value where P and Q are orthogonal, [r]."""
+    lengths: Tensor = h.left_or.float().norm(dim=0) * h.Q_ri.float().norm(dim=1)
     return lengths.mul_(h.scale)
+
+
+def _absolute_lambda(h: TripletHandle) -> Tensor:
+    """|λ_i|, [r]."""
+    weights = h.lambda_parameter
+    assert weights is not None  # the config allows it with a λ of its own alone
+    return weights.detach().float().abs()
 
 
 class _Left:
@@ -152,14 +181,16 @@ class _Left:
         self.factors = SmoothedImportance.zeros_like(stack)
         self.weights = SmoothedImportance.zeros_like(stack[:, 0])
 
-    def observe(self, *, beta1: float, beta2: float) -> None:
+    def observe(self, *, beta1: float, beta2: float, unscale: float) -> None:
         present = _present(self.handles, lambda h: h.P_parameter.grad)
         if not present:
             return
         handles = [self.handles[k] for k in present]
         P = torch.stack([h.P_or for h in handles])
         gradient = torch.stack([h.as_P(_gradient(h.P_parameter)) for h in handles])
-        product, weights = left_products(P, gradient)
+        product, weights = left_products(P, _unscaled(gradient, unscale))
+        if handles[0].lambda_parameter is not None:
+            weights = _unscaled(torch.stack([_lambda_product(h) for h in handles]), unscale)
         _update(self.factors, product, present, beta1=beta1, beta2=beta2)
         _update(self.weights, weights, present, beta1=beta1, beta2=beta2)
 
@@ -174,19 +205,32 @@ class _Right:
         self.handles = handles
         self.factors = SmoothedImportance.zeros_like(torch.stack([h.Q_ri for h in handles]))
 
-    def observe(self, *, beta1: float, beta2: float) -> None:
+    def observe(self, *, beta1: float, beta2: float, unscale: float) -> None:
         present = _present(self.handles, lambda h: h.Q_parameter.grad)
         if not present:
             return
         handles = [self.handles[k] for k in present]
         Q = torch.stack([h.Q_ri for h in handles])
         gradient = torch.stack([h.as_Q(_gradient(h.Q_parameter)) for h in handles])
-        _update(self.factors, right_products(Q, gradient), present, beta1=beta1, beta2=beta2)
+        _update(self.factors, right_products(Q, _unscaled(gradient, unscale)), present, beta1=beta1, beta2=beta2)
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
+
+
+def _unscaled(gradient: Tensor, factor: float) -> Tensor:
+    return gradient if factor == 1 else gradient.float() * factor
+
+
+def _lambda_product(h: TripletHandle) -> Tensor:
+    """λ·∂L/∂λ of a layer with a λ of its own, [r], fp32."""
+    weights = h.lambda_parameter
+    assert weights is not None
+    if weights.grad is None:
+        return torch.zeros_like(weights, dtype=torch.float32)
+    return weights.detach().float() * weights.grad.float()
 
 
 def _present(handles: list[TripletHandle], gradient: Callable[[TripletHandle], Tensor | None]) -> list[int]:
