@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+WIDE = 140  # columns that the whole table takes
+
 if TYPE_CHECKING:
     from adalora.compare.cells import Cell
     from adalora.compare.suite import Suite
@@ -45,7 +47,7 @@ def compare(
     else:
         results = run_suite(found, processes=processes, report=lambda cell, row: _show(console, cell, row))
     summary = summarize(found, results)
-    for table in rich_tables(summary):
+    for table in rich_tables(summary, wide=console.width >= WIDE):
         console.print(table)
     for path in write_report(summary, found.folder):
         typer.echo(f"wrote {path}")

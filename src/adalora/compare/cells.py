@@ -186,7 +186,13 @@ def make_cell(
     rank = budget or (task.budgets or suite.budgets)[0]
     alpha = None if suite.alpha_per_rank is None else suite.alpha_per_rank * rank
     recipe: Recipe = configure(
-        suite.recipe(task), method.kind, rank=rank, alpha=alpha, lora=method.lora, adalora=method.adalora
+        suite.recipe(task),
+        method.kind,
+        rank=rank,
+        alpha=alpha,
+        lora=method.lora,
+        adalora=method.adalora,
+        equal=suite.equal,
     )
     fields = recipe.to_dict()
     fields["training"] |= {"learning_rate": rate, "seed": seed}

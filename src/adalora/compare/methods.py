@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from peft import AdaLoraConfig as PeftAdaLoraConfig
 from peft import EvaConfig, get_peft_model
@@ -74,6 +74,7 @@ def configure(
     alpha: float | None = None,
     lora: dict[str, Any] | None = None,
     adalora: dict[str, Any] | None = None,
+    equal: Literal["parameters", "rank"] = "parameters",
 ) -> Recipe:
     """A recipe as one method trains it.
 
@@ -84,6 +85,7 @@ def configure(
         alpha: `lora_alpha`; by default the recipe's.
         lora: Further fields of LoraConfig.
         adalora: Further fields of AdaLoraConfig.
+        equal: What an allocated adapter has in common with a LoRA of the target rank.
     """
     method = METHODS[kind]
     fields = recipe.to_dict()
@@ -93,7 +95,8 @@ def configure(
         fields["lora"]["lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
     fields["adalora"] = None
     if method.adalora is not None:
-        fields["adalora"] = {"target_rank": rank, **method.adalora, **(adalora or {})}
+        cost = {"budget_cost": equal} if method.initial > 1 else {}  # nothing is allocated otherwise
+        fields["adalora"] = {**cost, "target_rank": rank, **method.adalora, **(adalora or {})}
     return Recipe.parse(fields, where=recipe.name)
 
 

@@ -91,6 +91,8 @@ class Suite(Part):
         seeds: Seeds of the test cells; the same for every method, so that they can be paired.
         steps: Optimizer steps, unless a task has its own.
         budgets: Budgets as target ranks: a method gets the parameters of a LoRA of that rank.
+        equal: What allocated adapters have in common with a LoRA of the target rank: `parameters`, so that preferring
+            large layers buys nothing, or `rank`, the number of triplets.
         alpha_per_rank: α divided by the target rank, the same for all LoRA-like methods; None: the recipe's α.
         evaluate_every: Steps between dev evaluations of a run, for learning curves; none by default.
         confidence: Of the intervals.
@@ -107,6 +109,7 @@ class Suite(Part):
     seeds: list[int] = Field(default=[1, 2, 3, 4, 5], min_length=1)
     steps: int | None = Field(default=None, ge=1)
     budgets: list[int] = Field(default=[8], min_length=1)
+    equal: Literal["parameters", "rank"] = "parameters"
     alpha_per_rank: float | None = Field(default=2.0, gt=0)
     evaluate_every: int | None = Field(default=None, ge=1)
     confidence: float = Field(default=0.95, gt=0, lt=1)

@@ -32,14 +32,16 @@ def overall(summary: Summary) -> list[list[str]]:
     return [[name, _gain(gain), str(count), gain.verdict] for name, (gain, count) in summary.overall.items()]
 
 
-def rich_tables(summary: Summary) -> Iterator[Table]:
-    """All tables for a terminal."""
+def rich_tables(summary: Summary, *, wide: bool = True) -> Iterator[Table]:
+    """All tables for a terminal; narrow ones leave out what only the report then has."""
     for title, rows in tables(summary):
-        yield _rich(title, COLUMNS, rows)
+        kept = [n for n, name in enumerate(COLUMNS) if wide or name not in WIDE_ONLY]
+        yield _rich(title, tuple(COLUMNS[n] for n in kept), [[row[n] for n in kept] for row in rows])
     if summary.overall:
         yield _rich(f"mean over tasks, against {summary.suite.baseline}", OVERALL, overall(summary))
 
 
+WIDE_ONLY = ("P(better)", "p (Holm)", "seconds", "verdict", "lr")
 OVERALL = ("method", "difference", "comparisons", "verdict")
 
 
