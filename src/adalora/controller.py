@@ -297,7 +297,10 @@ class RankController(Resumable, HistoryPlots):
         self._record.compaction(self.step, before=before, after=adapter_size(self.handles))
 
     def _go_on(self) -> None:
-        if self.config.nested and self.step > self.schedule.decrease_end:
+        if self._nested is not None:  # of the ranks that the run had before the checkpoint was loaded
+            self._nested.stop()
+            self._nested = None
+        if self.config.nested and not self.finished and self.step > self.schedule.decrease_end:
             self._truncate_at_random()
 
     def _truncate_at_random(self) -> None:

@@ -134,6 +134,22 @@ class Resumable:
             self._same_run(state, "total_steps", self._schedule.total_steps)
         elif state["total_steps"] is not None:
             self.set_total_steps(state["total_steps"])
+        if self.config.nested and not state["finished"] and self._schedule is not None:
+            self._check_order(state, self._schedule.decrease_end)
+
+    def _check_order(self, state: dict[str, Any], decrease_end: int) -> None:
+        """A nested run needs the scores of the triplets it kept; without them it would go on un-nested."""
+        if state["step"] <= decrease_end:
+            return
+        record: dict[str, Any] = next((r for r in reversed(state["history"]) if r["event"] == "allocation"), {})
+        found = [len(part) for part in record.get("triplet_scores", [])]
+        live = [int(state["tensors"][f"{line['name']}.mask"].sum()) for line in state["modules"]]
+        if found != live:
+            raise CheckpointError(
+                f"nested=True cannot go on from step {state['step']}: the checkpoint's history has no scores of the "
+                f"{sum(live)} triplets that were kept, so their order is unknown. Resume from a checkpoint of step "
+                f"{decrease_end} or earlier, or start a new run"
+            )
 
     def expect_total_steps(self, total_steps: int, state: dict[str, Any]) -> None:
         """Refuse a state of a run of another length.
