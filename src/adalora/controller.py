@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from adalora.lora.optimizer_state import weight_copies
 from adalora.lora.optimizers import Optimizers, overflowed
 from adalora.lora.orthogonal import hand_over
 from adalora.lora.parametrization import prepare
+from adalora.lora.pruned import PrunedTriplets
 from adalora.lora.reorthonormal import reorthonormalize
 from adalora.lora.replicas import Replicas
 from adalora.lora.scoring import Scorer
@@ -55,6 +58,7 @@ class RankController(Resumable, HistoryPlots):
         adapter: str,
         history: History,
         total_steps: int | None,
+        pruned: str | os.PathLike[str] | None = None,
     ) -> None:
         self.config = config
         self.adapter = adapter
@@ -76,6 +80,7 @@ class RankController(Resumable, HistoryPlots):
         self._written_ranks = [h.rank for h in self.handles]
         self._excluded = lora_config(model, adapter).exclude_modules
         self._nested: NestedTruncation | None = None
+        self._pruned = PrunedTriplets(self.handles, Path(pruned)) if pruned is not None else None
         if config.nested:
             refuse_unfit(self.handles)
         self._versions = [h.P_parameter._version for h in self.handles]
@@ -233,6 +238,9 @@ class RankController(Resumable, HistoryPlots):
         keep = self._budget.deal(scores, ranks, amount=budget)
         for h, mask in zip(self.handles, torch.split(keep, ranks)):
             h.mask = mask.clone()
+        if self._pruned is not None:
+            before = torch.split(live_before, ranks)
+            self._pruned.keep(before, torch.split(scores, ranks), step=self.step)
         self._apply_masks()
         self.allocations += 1
         self._record.allocation(
@@ -291,6 +299,8 @@ class RankController(Resumable, HistoryPlots):
         except CompactionError as error:  # nothing was changed; a run must not die of it
             warnings.warn(f"pruned triplets stay in memory, masked: {error}", AdaLoraWarning, stacklevel=2)
             return
+        if self._pruned is not None:
+            self._pruned.remove()
         replicas.retire_wrappers()
         self._scorer.load_state_dict(averages)
         self._write_patterns()
@@ -346,6 +356,8 @@ class RankController(Resumable, HistoryPlots):
         for h in self.handles:
             if not h.removed:
                 fold_lambda(h)
+        if self._pruned is not None:
+            self._record.pruned(self.step, **self._pruned.write())
         self.finished = True
         self._record.finish(self.step, allocations=self.allocations)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import weakref
 from collections.abc import Mapping
@@ -124,6 +125,7 @@ def attach(
     adapter: str | None = None,
     history: History | str | None = None,
     thresholds: DiagnosticThresholds | None = None,
+    pruned: str | os.PathLike[str] | None = None,
     **fields: Any,
 ) -> RankController:
     """Make a PEFT LoRA model adaptive. The one line.
@@ -136,6 +138,8 @@ def attach(
         adapter: Adapter to make adaptive; the active one by default.
         history: Where to record: a `History` or a path for a JSON-lines file.
         thresholds: When a diagnostic of the run speaks up: an `AdaLoraWarning` and a record in the history.
+        pruned: A safetensors file that `finalize` writes every pruned triplet to, as it was when it was pruned, for
+            budget curves above 100 %. None keeps nothing.
         **fields: Fields of `AdaLoraConfig`, instead of `config`.
 
     Returns:
@@ -156,7 +160,7 @@ def attach(
         raise AttachError(f"adapter {adapter!r} of this model is attached already; call attach once")
     record = history if isinstance(history, History) else History(history)
     diagnose_live(record, thresholds)
-    controller = RankController(model, config, adapter=adapter, history=record, total_steps=total_steps)
+    controller = RankController(model, config, adapter=adapter, history=record, total_steps=total_steps, pruned=pruned)
     if model not in _ATTACHED:
         cast(Any, model).register_load_state_dict_pre_hook(_before_load_state_dict)
         if hasattr(model, "load_adapter"):
