@@ -9,7 +9,17 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # They return a view or an allocation and touch no element.
-FREE = {"detach", "alias", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"}
+FREE = {
+    "detach",
+    "alias",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "lift_fresh",
+    "promote_types",
+}
 
 
 class OperationCounter(TorchDispatchMode):

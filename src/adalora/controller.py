@@ -17,6 +17,7 @@ from adalora.errors import AdaLoraWarning, AttachError, CompactionError, ConfigE
 from adalora.lora.budget import adapter_size, target_triplets
 from adalora.lora.compaction import compact
 from adalora.lora.forward import TripletVariant
+from adalora.lora.masking import zero_pruned
 from adalora.lora.orthogonal import decoupled_step, hand_over
 from adalora.lora.scoring import Scorer
 from adalora.lora.triplets import find_triplets, fresh, rescale, write_patterns
@@ -194,7 +195,7 @@ class RankController:
             scores = torch.where(live_before, scores, -torch.inf)
         keep = allocate(scores, module, budget=budget, min_rank=self.config.min_rank, max_rank=self.config.max_rank)
         for h, mask in zip(self.handles, torch.split(keep, [h.rank for h in self.handles])):
-            h.mask = mask.clone()
+            h.mask = mask
         self._apply_masks()
         self.allocations += 1
         self._record.allocation(
@@ -208,9 +209,7 @@ class RankController:
 
     def _apply_masks(self) -> None:
         """Zero P of the pruned triplets; Q keeps its direction, from which a triplet may grow again."""
-        for h in self.handles:
-            if h.rank and not bool(h.mask.all()):
-                h.P_or[:, ~h.mask] = 0
+        zero_pruned(self.handles)
 
     def _enter_final_phase(self) -> None:
         """Ranks are fixed from here: free the averages, remove what was pruned."""

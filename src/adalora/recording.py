@@ -85,14 +85,13 @@ class Recorder:
         skipped: int,
     ) -> None:
         """A budget was dealt out."""
-        parts = torch.split(scores, [h.rank for h in self.handles])
         self.history.add(
             "allocation",
             **{**self.position(schedule, step), "budget": int(keep.sum())},
             pruned=int((live_before & ~keep).sum()),
             revived=int((keep & ~live_before).sum()),
             ranks=self.ranks,
-            module_scores=[float(part[torch.isfinite(part)].sum()) for part in parts],
+            module_scores=_sums(scores, [h.rank for h in self.handles]),
             orthogonality=orthogonality_error(self.handles),
             skipped_steps=skipped,
             # Without a hand-over, the first allocation tells how far the warm-up has come.
@@ -127,6 +126,14 @@ class Recorder:
             orthogonality=orthogonality_error(self.handles),
             allocations=allocations,
         )
+
+
+def _sums(scores: Tensor, ranks: list[int]) -> list[float]:
+    """Sum of the finite scores of each module."""
+    module = torch.repeat_interleave(torch.tensor(ranks))
+    finite = torch.where(scores.isfinite(), scores, 0.0).double()
+    sums: list[float] = torch.zeros(len(ranks), dtype=torch.float64).index_add_(0, module, finite).tolist()
+    return sums
 
 
 def _spectrum(handle: TripletHandle) -> list[float | None]:

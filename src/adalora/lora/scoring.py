@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from adalora.config import AdaLoraConfig
-from adalora.core.importance import SmoothedImportance, left_products, right_products
+from adalora.core.importance import SmoothedImportance, left_products, right_products, step_weights
 from adalora.lora.triplets import TripletHandle
+
+StepWeights: TypeAlias = dict[torch.device, tuple[Tensor, Tensor]]
 
 AVERAGED = {"sensitivity_uncertainty", "ratio", "sensitivity", "lambda_sensitivity"}
 
@@ -23,7 +28,7 @@ class Scorer:
     def __init__(self, handles: Sequence[TripletHandle], config: AdaLoraConfig) -> None:
         self.handles = list(handles)
         self.config = config
-        self.skipped = 0
+        self._skipped: list[int | Tensor] = []
         self._left: dict[tuple[int, ...], _Left] = {}
         self._right: dict[tuple[int, ...], _Right] = {}
         self._random = torch.Generator().manual_seed(config.seed)
@@ -32,6 +37,25 @@ class Scorer:
     def needs_averages(self) -> bool:
         """Whether the score is built on gradients; magnitudes are not."""
         return self.config.importance in AVERAGED
+
+    @property
+    def skipped(self) -> int:
+        """Steps left out of the averages, for a gradient that was not finite or none at all; waits for the device."""
+        total = sum(int(steps) for steps in self._skipped)
+        self._skipped = [total]
+        return total
+
+    @skipped.setter
+    def skipped(self, steps: int) -> None:
+        self._skipped = [steps]
+
+    def _skip(self, step: int | Tensor) -> None:
+        """Count 0 or 1 steps, on the device that knows; the host asks only for `skipped`."""
+        last = self._skipped[-1] if self._skipped else None
+        if isinstance(step, Tensor) and isinstance(last, Tensor) and last.device == step.device:
+            last.add_(step)
+        else:
+            self._skipped.append(step)
 
     def reset(self) -> None:
         """Forget the averages and free their memory."""
@@ -43,16 +67,20 @@ class Scorer:
         if not self.needs_averages:
             return
         gradients = [p.grad for h in self.handles for p in (h.P_parameter, h.Q_parameter) if p.grad is not None]
-        if not gradients or not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
-            self.skipped += 1
+        if not gradients:
+            self._skip(1)
             return
         if not self._left:
             self._build()
+        finite = _all_finite(gradients)
+        self._skip((~finite).int())
         betas = {"beta1": self.config.sensitivity_beta, "beta2": self.config.uncertainty_beta}
+        devices = {gradient.device for gradient in gradients}
+        weights = {device: step_weights(finite.to(device, non_blocking=True), **betas) for device in devices}
         for left in self._left.values():
-            left.observe(**betas)
+            left.observe(weights=weights, **betas)
         for right in self._right.values():
-            right.observe(**betas)
+            right.observe(weights=weights, **betas)
 
     def scores(self) -> Tensor:
         """S for every triplet of every layer, layer after layer, [n], on the CPU."""
@@ -63,20 +91,24 @@ class Scorer:
             return torch.cat([_magnitude(h) for h in self.handles]).cpu()
         if not self._left:
             self._build()
-        parts: list[Tensor] = [torch.empty(0)] * len(self.handles)
+        scores = torch.zeros(sum(h.rank for h in self.handles))
         elementwise = "sensitivity" if kind == "lambda_sensitivity" else kind
         for left in self._left.values():
-            score_lambda, score_P = left.weights.score(elementwise), left.factors.score(elementwise)
-            for k, number in enumerate(left.members):
-                parts[number] = score_lambda[k]
-                if kind != "lambda_sensitivity":
-                    parts[number] = parts[number] + score_P[k].mean(dim=0)
+            score_kr = left.weights.score(elementwise)
+            if kind != "lambda_sensitivity":
+                score_kr += left.factors.score(elementwise).mean(dim=1)
+            scores.index_add_(0, self._positions(left.members), score_kr.flatten().cpu())
         if kind != "lambda_sensitivity":
             for right in self._right.values():
-                score_Q = right.factors.score(elementwise).mean(dim=2)
-                for k, number in enumerate(right.members):
-                    parts[number] = parts[number] + score_Q[k]
-        return torch.cat(parts).cpu()
+                score_kr = right.factors.score(elementwise).mean(dim=2)
+                scores.index_add_(0, self._positions(right.members), score_kr.flatten().cpu())
+        return scores
+
+    def _positions(self, members: list[int]) -> Tensor:
+        """Where the triplets of some layers stand among all, [k · r], int64."""
+        starts = list(itertools.accumulate((h.rank for h in self.handles), initial=0))
+        rank = self.handles[members[0]].rank
+        return (torch.tensor(starts)[members].unsqueeze(1) + torch.arange(rank)).flatten()
 
     def _build(self) -> None:
         for number, h in enumerate(self.handles):
@@ -110,16 +142,16 @@ class _Left:
         self.factors = SmoothedImportance.zeros_like(stack)
         self.weights = SmoothedImportance.zeros_like(stack[:, 0])
 
-    def observe(self, *, beta1: float, beta2: float) -> None:
+    def observe(self, *, beta1: float, beta2: float, weights: StepWeights) -> None:
         present = _present(self.handles, lambda h: h.P_parameter.grad)
         if not present:
             return
         handles = [self.handles[k] for k in present]
         P = torch.stack([h.P_or for h in handles])
         gradient = torch.stack([h.as_P(_gradient(h.P_parameter)) for h in handles])
-        product, weights = left_products(P, gradient)
-        _update(self.factors, product, present, beta1=beta1, beta2=beta2)
-        _update(self.weights, weights, present, beta1=beta1, beta2=beta2)
+        product, totals = left_products(P, gradient)
+        _update(self.factors, product, present, beta1=beta1, beta2=beta2, weights=weights)
+        _update(self.weights, totals, present, beta1=beta1, beta2=beta2, weights=weights)
 
 
 class _Right:
@@ -132,14 +164,14 @@ class _Right:
         self.handles = handles
         self.factors = SmoothedImportance.zeros_like(torch.stack([h.Q_ri for h in handles]))
 
-    def observe(self, *, beta1: float, beta2: float) -> None:
+    def observe(self, *, beta1: float, beta2: float, weights: StepWeights) -> None:
         present = _present(self.handles, lambda h: h.Q_parameter.grad)
         if not present:
             return
         handles = [self.handles[k] for k in present]
         Q = torch.stack([h.Q_ri for h in handles])
         gradient = torch.stack([h.as_Q(_gradient(h.Q_parameter)) for h in handles])
-        _update(self.factors, right_products(Q, gradient), present, beta1=beta1, beta2=beta2)
+        _update(self.factors, right_products(Q, gradient), present, beta1=beta1, beta2=beta2, weights=weights)
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:
@@ -152,12 +184,40 @@ def _present(handles: list[TripletHandle], gradient: Callable[[TripletHandle], T
     return [k for k, h in enumerate(handles) if gradient(h) is not None]
 
 
-def _update(average: SmoothedImportance, product: Tensor, present: list[int], *, beta1: float, beta2: float) -> None:
+def _all_finite(gradients: list[Tensor]) -> Tensor:
+    """Whether no gradient has an infinity or NaN, 0-dim bool, on the device of the first; nobody waits for it.
+
+    Norms in fp32: those of fp16 gradients would overflow.
+    """
+    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        by_device[gradient.device].append(gradient)
+    flags = [
+        torch.stack(torch._foreach_norm(group, 2, dtype=torch.promote_types(group[0].dtype, torch.float32)))
+        .isfinite()
+        .all()
+        for group in by_device.values()
+    ]
+    if len(flags) == 1:
+        return flags[0]
+    return torch.stack([flag.to(flags[0].device, non_blocking=True) for flag in flags]).all()
+
+
+def _update(
+    average: SmoothedImportance,
+    product: Tensor,
+    present: list[int],
+    *,
+    beta1: float,
+    beta2: float,
+    weights: StepWeights,
+) -> None:
     """Update the rows `present` of a stack; the others keep what they had."""
+    averaging: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "weights": weights[product.device]}
     if len(present) == len(average.sensitivity):
-        average.update(product, beta1=beta1, beta2=beta2)
+        average.update(product, **averaging)
         return
     part = SmoothedImportance(average.sensitivity[present], average.uncertainty[present])
-    part.update(product, beta1=beta1, beta2=beta2)
+    part.update(product, **averaging)
     average.sensitivity[present] = part.sensitivity
     average.uncertainty[present] = part.uncertainty

@@ -38,6 +38,7 @@ class TripletHandle:
     adapter: str
     mask: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     row_norm: float = 0.0
+    _counted: tuple[Tensor | None, int, int] = field(default=(None, 0, 0), repr=False)
 
     def __post_init__(self) -> None:
         self.mask = torch.ones(self.rank, dtype=torch.bool)
@@ -103,7 +104,11 @@ class TripletHandle:
     @property
     def live_rank(self) -> int:
         """Triplets not pruned."""
-        return int(self.mask.sum())
+        seen, version, live = self._counted
+        if seen is not self.mask or version != self.mask._version:  # counted once a mask, not at every step
+            live = sum(self.mask.tolist())
+            self._counted = (self.mask, self.mask._version, live)
+        return live
 
     @property
     def scale(self) -> float:
