@@ -263,3 +263,10 @@ def test_accumulated_gradients():
         if b.grad is not None:
             torch.testing.assert_close(a.grad, b.grad)
             assert a.grad.is_contiguous()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_can_be_traced():
+    _, fused = pair(net=Net(inplace=False))
+    x = torch.randn(4, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(torch.jit.trace(fused, (x,))(x), fused(x))

@@ -70,6 +70,7 @@ def _fusable(A: Any, B: Any, dropout: Any, operands: tuple[Tensor, ...], result:
     x, Q_ri, P_or = operands
     return (
         not torch.compiler.is_compiling()  # the compiler fuses by itself
+        and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and _is_plain(A)
