@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 import warnings
 from collections.abc import Callable
@@ -75,15 +76,20 @@ def whole_run() -> dict[str, Any]:
 
 
 def modules() -> dict[str, Any]:
-    """The controller's share of a step against the number of modules, while the budget shrinks."""
+    """The controller's share of a step of 2048 tokens against the number of modules, while the budget shrinks."""
     found = {}
     for layers in (4, 12, 40, 117):
-        run = training("ours", replace(MINILM, layers=layers), steps=1000, warmup=1, allocation_interval=3)
+        shape = replace(MINILM, layers=layers, batch=32)
+        run = training("ours", shape, steps=1000, warmup=1, allocation_interval=2)
         run.skip_to("decrease")
-        own, whole = allocation_seconds(run, steps=6 if layers < 100 else 4)
-        kinds = {"mask": own[2::3], "ordinary": [s for i, s in enumerate(own) if i % 3 != 2][1:]}
-        ms = {kind: 1e3 * sum(values) / len(values) for kind, values in kinds.items()}
-        found[str(6 * layers)] = {"ms": ms, "step_ms": 1e3 * sorted(whole)[len(whole) // 2]}
+        run.step(0)  # makes the averages
+        masks = [run.controller.schedule.allocates(run.controller.step + ahead) for ahead in range(4)]
+        own, whole = allocation_seconds(run, steps=4 if layers < 100 else 2)
+        ms = {
+            kind: 1e3 * statistics.mean(s for s, mask in zip(own, masks) if mask == (kind == "mask"))
+            for kind in ("ordinary", "mask")
+        }
+        found[str(shape.modules)] = {"ms": ms, "step_ms": 1e3 * statistics.median(whole)}
     return found
 
 

@@ -53,7 +53,9 @@ class AdaLoraConfig(BaseModel):
         orthogonality_weight: γ of Eq. 4.
         revival: Pruned triplets may return while the budget shrinks, as in the paper.
         compact: Remove pruned triplets physically when the budget has reached its target.
-        seed: Of importance `"random"`.
+        nested: In the final phase, leave out a random tail of the triplets' order at half of the steps, so that the
+            adapter can be cut to smaller budgets afterwards. It costs quality at the full budget.
+        seed: Of importance `"random"` and of `nested`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
@@ -75,6 +77,7 @@ class AdaLoraConfig(BaseModel):
     orthogonality_weight: float = Field(default=0.1, ge=0)
     revival: bool = True
     compact: bool = True
+    nested: bool = False
     seed: int = 0
 
     def __init__(self, **fields: Any) -> None:
@@ -89,7 +92,7 @@ class AdaLoraConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name not in ("handover", "revival", "compact"):
+        if isinstance(value, bool) and info.field_name not in ("handover", "revival", "compact", "nested"):
             raise ValueError("is true or false where a number or a name is wanted")
         return value
 
@@ -135,6 +138,8 @@ class AdaLoraConfig(BaseModel):
         given = self.model_fields_set
         if self.orthogonality == "off" and "orthogonality_weight" in given and self.orthogonality_weight:
             raise ValueError('orthogonality_weight has no effect with orthogonality="off": leave it out')
+        if self.nested and not self.compact:
+            raise ValueError("nested=True needs compact=True: the order is that of the triplets that stay")
         if self.schedule == "constant":
             for name in (
                 "importance",
@@ -142,6 +147,7 @@ class AdaLoraConfig(BaseModel):
                 "max_rank",
                 "allocation_interval",
                 "revival",
+                "nested",
                 "budget_scope",
             ):
                 if name in given:

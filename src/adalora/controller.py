@@ -18,14 +18,16 @@ from adalora.lora.budget import adapter_size, target_triplets
 from adalora.lora.compaction import compact
 from adalora.lora.forward import TripletVariant
 from adalora.lora.masking import zero_pruned
+from adalora.lora.nested import NestedTruncation, refuse_unfit
 from adalora.lora.orthogonal import decoupled_step, hand_over
 from adalora.lora.scoring import Scorer
 from adalora.lora.triplets import find_triplets, fresh, rescale, write_patterns
 from adalora.recording import Recorder
 from adalora.report.history import History
+from adalora.report.plotting import HistoryPlots
 
 
-class RankController:
+class RankController(HistoryPlots):
     """Runs the method for one adapter of one model; made by `adalora.attach`.
 
     The optimizer is found by itself: a post-step hook of torch, global to the process, calls the controller once per
@@ -60,6 +62,9 @@ class RankController:
         self.target_budget = target_triplets(config, self.handles)
         self._scorer = Scorer(self.handles, config)
         self._record = Recorder(history, self.handles)
+        self._nested: NestedTruncation | None = None
+        if config.nested:
+            refuse_unfit(self.handles)
         self._versions = [h.P_parameter._version for h in self.handles]
         if total_steps is not None:
             self.set_total_steps(total_steps)
@@ -174,6 +179,8 @@ class RankController:
             self._enter_final_phase()
         self._record.step(schedule, step)
         self.step += 1
+        if self.config.nested and step >= schedule.decrease_end:
+            self._truncate_at_random()
 
     def _plain_lora(self) -> bool:
         """Up to the hand-over the adapter trains exactly as LoRA does."""
@@ -225,6 +232,15 @@ class RankController:
         write_patterns(self.model, self.handles)
         self._record.compaction(self.step, before=before, after=adapter_size(self.handles))
 
+    def _truncate_at_random(self) -> None:
+        """Draw what the coming step trains; the order is that of the last allocation, which a resumed run has too."""
+        if self._nested is None:
+            record = self.history.last("allocation")
+            if record is None or "triplet_scores" not in record:
+                return
+            self._nested = NestedTruncation(self.handles, record["triplet_scores"], seed=self.config.seed)
+        self._nested.draw(self.step)
+
     def finalize(self) -> None:
         """End the run: bring the adapter to its target even if the training ended before the schedule did.
 
@@ -247,6 +263,8 @@ class RankController:
             with torch.no_grad():
                 self._allocate(self.target_budget)
                 self._enter_final_phase()
+        if self._nested is not None:
+            self._nested.stop()
         self.finished = True
         self._record.finish(self.step, allocations=self.allocations)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 from typing import Any
 
@@ -90,6 +91,8 @@ class Recorder:
             **{**self.position(schedule, step), "budget": int(keep.sum())},
             pruned=int((live_before & ~keep).sum()),
             revived=int((keep & ~live_before).sum()),
+            revived_triplets=self._places(keep & ~live_before),
+            **self._kept_scores(scores, keep, schedule),
             ranks=self.ranks,
             module_scores=_sums(scores, [h.rank for h in self.handles]),
             orthogonality=orthogonality_error(self.handles),
@@ -98,6 +101,21 @@ class Recorder:
             update_ratio=None if self.history.last("handover") else update_ratio(self.handles),
             **describe_scores(scores, keep),
         )
+
+    def _kept_scores(self, scores: Tensor, keep: Tensor, schedule: BudgetSchedule) -> dict[str, Any]:
+        """Scores of the triplets that stay for good, by module: the order in which the final adapter can be cut."""
+        if int(keep.sum()) > schedule.target_budget:
+            return {}
+        ranks = [h.rank for h in self.handles]
+        values, kept, starts = scores.double().tolist(), keep.tolist(), itertools.accumulate(ranks, initial=0)
+        parts = [range(start, start + rank) for start, rank in zip(starts, ranks)]
+        return {"triplet_scores": [[values[i] for i in part if kept[i]] for part in parts]}
+
+    def _places(self, chosen: Tensor) -> list[list[int]]:
+        """Module and number inside it of each chosen triplet."""
+        ranks = [h.rank for h in self.handles]
+        places = [[module, i] for module, rank in enumerate(ranks) for i in range(rank)]
+        return list(itertools.compress(places, chosen.tolist()))
 
     def handover(self, step: int) -> None:
         """P·Q were rewritten in their singular vectors."""

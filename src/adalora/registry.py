@@ -15,6 +15,8 @@ from adalora.config import AdaLoraConfig
 from adalora.controller import RankController
 from adalora.errors import AttachError, ConfigError
 from adalora.report.history import History
+from adalora.report.live import diagnose_live
+from adalora.report.thresholds import DiagnosticThresholds
 
 # By model, then by adapter name. The model's end is the controllers' end: they hold it weakly.
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, dict[str, RankController]] = weakref.WeakKeyDictionary()
@@ -54,6 +56,7 @@ def attach(
     total_steps: int | None = None,
     adapter: str | None = None,
     history: History | str | None = None,
+    thresholds: DiagnosticThresholds | None = None,
     **fields: Any,
 ) -> RankController:
     """Make a PEFT LoRA model adaptive. The one line.
@@ -65,6 +68,7 @@ def attach(
             (`AdaLoraCallback` does).
         adapter: Adapter to make adaptive; the active one by default.
         history: Where to record: a `History` or a path for a JSON-lines file.
+        thresholds: When a diagnostic of the run speaks up: an `AdaLoraWarning` and a record in the history.
         **fields: Fields of `AdaLoraConfig`, instead of `config`.
 
     Returns:
@@ -84,6 +88,7 @@ def attach(
     if adapter in taken:
         raise AttachError(f"adapter {adapter!r} of this model is attached already; call attach once")
     record = history if isinstance(history, History) else History(history)
+    diagnose_live(record, thresholds)
     controller = RankController(model, config, adapter=adapter, history=record, total_steps=total_steps)
     _ATTACHED.setdefault(model, {})[adapter] = controller
     return controller

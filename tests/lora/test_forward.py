@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from adalora.lora import forward as module_under_test
-from adalora.lora.forward import TripletVariant
+from adalora.lora.forward import DROPPED, TripletVariant
 from adalora.lora.triplets import find_triplets
 
 
@@ -270,3 +270,17 @@ def test_can_be_traced():
     _, fused = pair(net=Net(inplace=False))
     x = torch.randn(4, 5, 6, dtype=torch.float64)
     torch.testing.assert_close(torch.jit.trace(fused, (x,))(x), fused(x))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_triplets_left_out_get_no_gradient_and_add_nothing(fused_calls, hooked):
+    plain, fused = pair()
+    live = torch.tensor([True, False, True])
+    for h in find_triplets(plain, "default"):
+        h.layer.lora_A["default"].register_forward_hook(lambda m, i, out: out * live)
+    for h in find_triplets(fused, "default"):
+        setattr(h.layer, DROPPED, {"default": live})
+        if hooked:  # the modules are called one by one
+            h.layer.lora_B["default"].register_forward_hook(lambda m, i, out: out)
+    assert_same(plain, fused)
+    assert bool(fused_calls) is not hooked

@@ -14,11 +14,11 @@ from adalora.report.diagnostics import (
     EXPLANATIONS,
     Diagnostics,
     diagnose,
-    diagnose_live,
     diagnose_seeds,
     findings_of,
 )
 from adalora.report.history import History
+from adalora.report.live import diagnose_live
 from adalora.report.thresholds import CODES, DiagnosticThresholds
 
 
@@ -235,9 +235,52 @@ def test_agreement_needs_the_same_modules():
     [
         ({"final_share": 1.5}, "final_share=1.5: Input should be less than 1"),
         ({"ignore": ("no-gradients",)}, "'no-gradients' is no diagnostic; known: unstable-scores"),
-        ({"finalshare": 0.1}, "has no field 'finalshare'; known fields: ignore, revived_share"),
+        ({"finalshare": 0.1}, "has no field 'finalshare'; known fields: ignore, min_steps, revived_share"),
     ],
 )
 def test_wrong_thresholds(fields, message):
     with pytest.raises(ConfigError, match=message):
         DiagnosticThresholds(**fields)
+
+
+def with_revivals(history, places):
+    """The same history, each allocation reviving the given triplets."""
+    records = copy.deepcopy(history.records)
+    changed = History()
+    changed.records = records
+    for record in changed.of("allocation"):
+        record["revived_triplets"] = places
+    return changed
+
+
+def test_few_triplets_that_revive_again_and_again():
+    """Below the share of all, but the same ones each time."""
+    history = run(score_noise=0.0)
+    assert "unstable-scores" not in codes(history)
+    target = history.last("start")["target_budget"]
+    places = [[i // 12, i % 12] for i in range(target // 20 + 1)]
+    (found,) = diagnose(with_revivals(history, places))
+    assert found["code"] == "unstable-scores"
+    assert f"{len(places)} triplets have been revived 4 times or more" in found["message"]
+    name = history.last("start")["modules"][0]["name"]
+    assert f"most often: {name}[0] (4 times), {name}[1] (4 times)" in found["message"]
+    assert diagnose(with_revivals(history, places[:-1])) == []
+
+
+def test_short_runs_are_not_judged():
+    short = {"steps": 99, "interval": 1, "final": 0.02}
+    assert codes(run(**short)) == []
+    assert "final-phase-too-short" in codes(run(**short), min_steps=99)
+
+
+def test_watching_twice_warns_once():
+    history = History()
+    first = diagnose_live(history, DiagnosticThresholds(final_share=0.3))
+    assert diagnose_live(history) is first
+    assert len(history.listeners) == 1
+    start = run(final=0.2).last("start")
+    with pytest.warns(AdaLoraWarning, match="final-phase-too-short") as raised:
+        history.add(**start)
+    assert len(raised) == 1
+    assert [r["event"] for r in history] == ["start", "thresholds", "diagnostic"]
+    assert history.last("thresholds")["final_share"] == 0.3

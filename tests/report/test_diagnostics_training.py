@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 import warnings
 
 import pytest
@@ -10,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import adalora
-from adalora.report.diagnostics import diagnose, diagnose_live, diagnose_seeds
+from adalora.report.diagnostics import diagnose, diagnose_seeds
 from adalora.report.history import History
+from adalora.report.thresholds import CODES, DiagnosticThresholds
 
 LAYERS, WIDTH, STEPS = 8, 32, 150
 EVEN = (2,) * LAYERS
@@ -68,10 +70,9 @@ def train(
     targets = [f"layers.{i}" for i in range(LAYERS)] + (["unused"] if unused else [])
     model = get_peft_model(student, LoraConfig(r=6, lora_alpha=6, target_modules=targets))
     history = History()
-    if live:
-        diagnose_live(history)
+    thresholds = None if live else DiagnosticThresholds(ignore=CODES)
     settings = {"target_rank": 3, **settings}
-    controller = adalora.attach(model, total_steps=STEPS, history=history, **settings)
+    controller = adalora.attach(model, total_steps=STEPS, history=history, thresholds=thresholds, **settings)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     for _ in range(STEPS):
         x = torch.randn(32, WIDTH)
@@ -102,8 +103,11 @@ PROVOKED = {
 }
 
 
+DEFAULTS = DiagnosticThresholds()
+
+
 def codes(history):
-    return [f["code"] for f in diagnose(history)]
+    return [f["code"] for f in diagnose(history, DEFAULTS)]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -117,7 +121,7 @@ def test_provoked(code):
 
 
 def test_the_unused_module_is_named():
-    found = {f["code"]: f["message"] for f in diagnose(train(**PROVOKED["no-gradient"]))}
+    found = {f["code"]: f["message"] for f in diagnose(train(**PROVOKED["no-gradient"]), DEFAULTS)}
     assert "1 of 9 modules never got a gradient" in found["no-gradient"]
     assert found["no-gradient"].endswith(": unused")
 
@@ -140,6 +144,25 @@ def test_while_it_trains():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert train(live=True).of("diagnostic") == []
+
+
+def test_the_triplets_that_come_back_are_named():
+    """The record of each allocation says which ones it revived; their counts are the message's."""
+    history = train(**PROVOKED["unstable-scores"])
+    (found,) = [f for f in diagnose(history, DEFAULTS) if f["code"] == "unstable-scores"]
+    name, number, times = re.search(r"most often: (\S+?)\[(\d+)\] \((\d+) times\)", found["message"]).groups()
+    module = [m["name"] for m in history.last("start")["modules"]].index(name)
+    until = [r for r in history.of("allocation") if r["step"] <= found["step"]]
+    assert sum([module, int(number)] in r["revived_triplets"] for r in until) == int(times) >= 2
+    assert all(len(r["revived_triplets"]) == r["revived"] for r in history.of("allocation"))
+
+
+def test_limits_are_kept_with_the_run():
+    """What was silenced while it trained stays silent in a later report."""
+    history = train(unused=True)  # everything ignored
+    assert history.last("thresholds")["ignore"] == list(CODES)
+    assert diagnose(history) == []
+    assert "no-gradient" in codes(history)
 
 
 def test_ranks_between_seeds():

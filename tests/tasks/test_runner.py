@@ -17,7 +17,7 @@ def recipe(tiny_model, data_file, folder, **changes):
         "model": str(tiny_model),
         "task": "classification",
         "data": {"files": str(data_file), "test_fraction": 0.2, "validation_fraction": 0.1},
-        "lora": {"r": 3, "lora_alpha": 8, "target_modules": ["query", "key", "value"]},
+        "lora": {"r": 3, "lora_alpha": 8, "target_modules": "all-linear"},
         "adalora": {"target_rank": 2},
         "training": {"max_steps": 60, "batch_size": 8, "learning_rate": 1e-2},
         "output": str(folder),
@@ -34,15 +34,17 @@ def test_a_run_writes_everything(tiny_model, data_file, tmp_path, console):
     folder = tmp_path / "run"
     result = run_recipe(recipe(tiny_model, data_file, folder), console=console)
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["final_rank_total"] == metrics["target_rank_total"] == 12
-    assert metrics["initial_rank_total"] == 18
+    assert metrics["final_rank_total"] == metrics["target_rank_total"] == 26
+    assert metrics["initial_rank_total"] == 39
+    assert metrics["accuracy"] > metrics["majority_accuracy"]
     for key in ("macro_f1", "adapter_parameters", "seconds", "versions"):
         assert key in metrics
     assert {p.name for p in folder.iterdir()} == {
         "adapter", "history.jsonl", "metrics.json", "recipe.yaml", "report.html"
     }  # fmt: skip
-    assert "final  triplets 12 of budget 12" in console.file.getvalue()
-    assert sum(predict(folder, "good flight").values()) == pytest.approx(1.0)
+    assert "final  triplets 26 of budget 26" in console.file.getvalue()
+    assert predict(folder, "good flight")["positive"] > 0.5
+    assert predict(folder, "awful flight")["negative"] > 0.5
 
     stored = sum(p.numel() for n, p in result.trainer.model.named_parameters() if ".lora_" in n)
     assert stored == metrics["adapter_parameters"]
@@ -83,7 +85,7 @@ def test_a_run_is_not_overwritten_by_accident(tiny_model, data_file, tmp_path, c
     [
         ("sentence-pair", {}, "accuracy"),
         ("multi-label", {}, "micro_f1"),
-        ("regression", {"label": "number"}, "mse"),
+        ("regression", {"label": "number"}, "pearson"),
     ],
 )
 def test_other_tasks(tiny_model, data_file, tmp_path, console, task, columns, metric):
@@ -93,7 +95,7 @@ def test_other_tasks(tiny_model, data_file, tmp_path, console, task, columns, me
         "training": {"max_steps": 60, "batch_size": 8, "learning_rate": 1e-2},
     }
     metrics = run_recipe(recipe(tiny_model, data_file, tmp_path / "run", **changes), console=console).metrics
-    assert 0 < metrics[metric] < 10
+    assert metrics[metric] > 0.6
 
 
 def test_plain_lora_and_keep_best(tiny_model, data_file, tmp_path, console):

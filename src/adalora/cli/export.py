@@ -71,6 +71,9 @@ def export(
     budget: Annotated[
         float | None, typer.Option("--budget", help="Keep this share (up to 1), or number, of parameters.")
     ] = None,
+    curve: Annotated[
+        str | None, typer.Option("--curve", help="curve.json of adalora curve: cut in its order, not by energy.")
+    ] = None,
     clean: Annotated[bool, typer.Option("--clean/--no-clean", help="Re-orthonormalise the triplets exactly.")] = True,
     mlx: Annotated[bool, typer.Option("--mlx/--no-mlx", help="Portable: MLX-LM's files in OUT/mlx.")] = True,
     scores: Annotated[
@@ -83,6 +86,7 @@ def export(
     """Write an adapter so that other stacks compute exactly the same."""
     from adalora.export import export_adapter
     from adalora.export.card import read_scores
+    from adalora.export.ordered import read_order
 
     report = export_adapter(
         adapter,
@@ -93,6 +97,7 @@ def export(
         rank_multiple=rank_multiple,
         energy=energy,
         budget=budget,
+        order=read_order(curve) if curve else None,
         reorthonormalise=clean,
         mlx=mlx,
         scores=read_scores(scores) if scores else None,

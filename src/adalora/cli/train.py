@@ -1,4 +1,4 @@
-"""`adalora train`, `adalora demo`, `adalora recipes`."""
+"""`adalora train`, `adalora demo`, `adalora recipes`, `adalora init`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def register(app: typer.Typer) -> None:
     app.command("demo")(demo)
     app.command("train")(train)
     app.command("recipes")(recipes)
+    app.command("init")(init)
 
 
 def train(
@@ -45,8 +46,8 @@ def demo(
         _answer(out, predict)
         return
     if not overwrite and (metrics := _finished(out)) is not None:
+        from adalora.tasks.outputs import written
         from adalora.tasks.progress import show_result
-        from adalora.tasks.runner import written
 
         show_result(Console(), metrics, written(out))
         typer.echo(f"{out} was trained before; to train again: adalora demo --out {out} --overwrite")
@@ -66,6 +67,36 @@ def recipes() -> None:
     for entry in catalogue():
         table.add_row(*entry)
     Console().print(table)
+
+
+def init(
+    out: Annotated[Path, typer.Argument(help="The recipe to write.")] = Path("recipe.yaml"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> None:
+    """Ask a few questions and write a recipe."""
+    from rich.prompt import IntPrompt, Prompt
+
+    from adalora.errors import RecipeError
+    from adalora.tasks import wizard
+    from adalora.tasks.options import task_names
+    from adalora.tasks.outputs import write_text
+
+    if out.exists() and not overwrite:
+        raise RecipeError(f"{out} exists; choose another name or add --overwrite")
+    task = Prompt.ask("Task", choices=task_names(), default="classification")
+    model = Prompt.ask("Base model (hub name or folder)")
+    data = Prompt.ask("Data (file, built-in set, or hub name)")
+    columns = wizard.file_columns(data) if wizard.is_file(data) else []
+    if columns:
+        typer.echo(f"columns: {', '.join(columns)}")
+    named = {
+        role: column or Prompt.ask(f"Column for {role}", choices=columns or None)
+        for role, column in wizard.guess_columns(task, columns).items()
+    }
+    rank = IntPrompt.ask("Average rank at the end", default=8)
+    fields = wizard.make_recipe(wizard.Answers(out.stem, task, model, data, named, rank))
+    write_text(out, wizard.to_yaml(fields))
+    typer.echo(f"wrote {out}; train it: adalora train {out}")
 
 
 def _run(recipe: Any, *, overwrite: bool) -> None:

@@ -179,7 +179,7 @@ def compress_adapter(
         ground = with_extras(ground.eval(), adapter)
         cut = truncate(adapter, budget=budget, scores=sensitivities(ground, cleaned, batches, loss))
         measure = score or _mean_loss(batches, loss)
-        before, after = (_scored(ground, a, measure) for a in (cleaned, cut.adapter))
+        before, after = (score_with(ground, a, measure) for a in (cleaned, cut.adapter))
     report = write_export(cut, adapter, out, format=format, base=base, overwrite=overwrite, **export_options)
     criterion = "energy" if batches is None else "sensitivity"
     return CompressionReport(cut, report, criterion, adapter.ranks, before, after, score_name)
@@ -201,7 +201,7 @@ def _mean_loss(batches: Iterable[Any], loss: Loss) -> Score:
     return mean
 
 
-def _scored(model: nn.Module, adapter: Adapter, score: Score) -> float:
+def score_with(model: nn.Module, adapter: Adapter, score: Callable[[nn.Module], Any]) -> Any:
     """The score of the base model with an adapter, which is taken out again afterwards."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 

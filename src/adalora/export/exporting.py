@@ -22,6 +22,7 @@ from adalora.export.gguf import ARCHITECTURES, write_gguf
 from adalora.export.importing import read_loralib
 from adalora.export.merged import write_merged
 from adalora.export.mlx import mlx_refusal, read_mlx, write_mlx
+from adalora.export.ordered import TripletOrder, cut_by
 from adalora.export.reading import as_dtype, read_adapter
 
 FORMATS = (*LAYOUTS, "merged", "mlx")
@@ -99,6 +100,7 @@ def export_adapter(
     rank_multiple: int | None = None,
     energy: float | None = None,
     budget: float | None = None,
+    order: TripletOrder | None = None,
     reorthonormalise: bool = True,
     scores: Mapping[str, float] | None = None,
     alpha: float | None = None,
@@ -116,6 +118,7 @@ def export_adapter(
         rank_multiple: Pad ranks to a multiple of this instead of 16, 32, 64 … (portable) or not at all.
         energy: Keep this share of Σσ².
         budget: Keep this share (up to 1), or this number, of LoRA parameters.
+        order: What a budget cuts first, as `read_order("curve.json")` gives it; by energy if None.
         reorthonormalise: Clean triplets by an exact SVD first; always done when truncating.
         scores: Metric -> value, for the model card.
         alpha: lora_alpha of a loralib state dict.
@@ -129,10 +132,14 @@ def export_adapter(
         AdapterFileError: Wrong input, unknown format, missing base, or `out` exists; nothing is written then.
     """
     check_request(out, format=format, overwrite=overwrite)
+    if order is not None and (budget is None or energy is not None):
+        raise AdapterFileError("an order (--curve) says what a budget cuts first: add --budget, and no --energy")
     adapter = load_source(source, alpha=alpha)
     as_dtype(dtype, adapter.dtype)
     if not reorthonormalise and energy is None and budget is None and format != "peft-adalora":
         cut = _without_clean(adapter)
+    elif order is not None and budget is not None:
+        cut = cut_by(adapter, budget, order)
     else:
         cut = truncate(adapter, energy=energy, budget=budget)
     return write_export(

@@ -11,6 +11,9 @@ from torch.autograd import forward_ad
 
 from adalora.lora.fused import fused_lora
 
+# Attribute of a layer: adapter name -> which triplets take part in training, [r] bool (nested training).
+DROPPED = "adalora_dropped"
+
 
 class TripletVariant(LoraVariant):
     """Plain LoRA in one fused function: result + s·dropout(x) Qᵀ Pᵀ.
@@ -44,6 +47,7 @@ class TripletVariant(LoraVariant):
         """Base output plus the adapter's part, same shape as `result`."""
         A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout, scale = module.lora_dropout[active_adapter], module.scaling[active_adapter]
+        live = getattr(module, DROPPED, {}).get(active_adapter) if module.training else None
         Q_ri, P_or = A.weight, B.weight
         autocast = torch.is_autocast_enabled(x.device.type)
         if autocast and x.dtype != torch.float64:
@@ -52,12 +56,14 @@ class TripletVariant(LoraVariant):
         else:
             narrow = x, Q_ri, P_or
         if not _fusable(A, B, dropout, narrow, result):
-            return cast(Tensor, result + B(A(dropout(x)) * scale))
+            h = A(dropout(x)) * scale
+            return cast(Tensor, result + B(h if live is None else h * live))
         base = module.base_layer if _is_first(module, active_adapter) and _is_plain(module.base_layer) else None
         return fused_lora(
             narrow[0],
             result,
-            *narrow[1:],
+            narrow[1],
+            narrow[2] if live is None else narrow[2] * live,
             scale=scale,
             dropout=getattr(dropout, "p", 0.0) if dropout.training else 0.0,
             weight_oi=None if base is None or autocast else _frozen_weight(base, x),
@@ -70,7 +76,7 @@ def _fusable(A: Any, B: Any, dropout: Any, operands: tuple[Tensor, ...], result:
     x, Q_ri, P_or = operands
     return (
         not torch.compiler.is_compiling()  # the compiler fuses by itself
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and _is_plain(A)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from adalora.errors import AdaLoraWarning
 from adalora.report.agreement import rank_agreement
 from adalora.report.explanations import EXPLANATIONS
 from adalora.report.history import History, Record
-from adalora.report.thresholds import DiagnosticThresholds
+from adalora.report.thresholds import DiagnosticThresholds, recorded_thresholds
 
 Finding: TypeAlias = dict[str, Any]
 
@@ -34,6 +32,7 @@ class Diagnostics:
         self.raised: set[str] = set()
         self._start = start
         self._churn: deque[float] = deque(maxlen=self.thresholds.allocations)
+        self._revived: Counter[tuple[int, int]] = Counter()
         self._silent: set[int] | None = None
         self._allocations = 0
         self._losses: dict[int, float] = {}
@@ -52,7 +51,7 @@ class Diagnostics:
         event = record["event"]
         if event == "start":
             self._begin(record)
-        if not self._start:
+        if not self._start or self._start["total_steps"] < self.thresholds.min_steps:
             return []
         readers = {
             "start": (self._final_share,),
@@ -103,8 +102,8 @@ class Diagnostics:
     def _update_size(self, record: Record) -> Iterable[tuple[str, str]]:
         """The first record after warm-up that knows the size of the update decides."""
         ratio = record.get("update_ratio")
-        if ratio is None or self._size_checked:
-            return
+        if ratio is None or self._size_checked or record["step"] < self._start["warmup_steps"] - 1:
+            return  # a run that was stopped in its warm-up is cut to its target too, and tells nothing
         self._size_checked = True
         if ratio < self.thresholds.update_ratio:
             yield (
@@ -114,14 +113,27 @@ class Diagnostics:
             )
 
     def _revivals(self, record: Record) -> Iterable[tuple[str, str]]:
+        limits = self.thresholds
         self._churn.append((record.get("revived") or 0) / max(record["live"], 1))
+        self._revived.update((module, triplet) for module, triplet in record.get("revived_triplets") or ())
         mean = float(np.mean(self._churn))
-        if len(self._churn) == self.thresholds.allocations and mean > self.thresholds.revived_share:
+        if len(self._churn) == limits.allocations and mean > limits.revived_share:
             yield (
                 "unstable-scores",
                 f"in the last {len(self._churn)} allocations {mean:.0%} of the live triplets each time "
-                f"had just been revived (limit: {self.thresholds.revived_share:.0%})",
+                f"had just been revived (limit: {limits.revived_share:.0%}){self._most_revived(2)}",
             )
+        often = sum(count >= limits.revivals for count in self._revived.values())
+        if often > limits.revived_often * self._start["target_budget"]:
+            yield (
+                "unstable-scores",
+                f"{often} triplets have been revived {limits.revivals} times or more{self._most_revived(2)}",
+            )
+
+    def _most_revived(self, least: int) -> str:
+        """The triplets that came back most often, where they did at least `least` times."""
+        top = [f"{self._name(m)}[{i}] ({n} times)" for (m, i), n in self._revived.most_common(3) if n >= least]
+        return f"; most often: {', '.join(top)}" if top else ""
 
     def _gradients(self, record: Record) -> Iterable[tuple[str, str]]:
         scores = record.get("module_scores") or []
@@ -160,6 +172,8 @@ class Diagnostics:
 
     def _orthogonality(self, record: Record) -> Iterable[tuple[str, str]]:
         error = record.get("orthogonality")
+        if record["step"] < self._start["warmup_steps"]:
+            return  # plain LoRA still, cut to its target
         if error is not None and error > self.thresholds.orthogonality:
             yield (
                 "orthogonality-not-reached",
@@ -209,28 +223,9 @@ class Diagnostics:
             )
 
 
-def diagnose_live(history: History, thresholds: DiagnosticThresholds | None = None) -> Diagnostics:
-    """Watch a history while it is written: every finding becomes a `diagnostic` record and a warning.
-
-    Records that it holds already are read first, without warnings: a resumed run does not repeat itself.
-    """
-    diagnostics = Diagnostics(thresholds)
-    for record in history:
-        diagnostics.update(record)
-
-    def listen(record: Record) -> None:
-        for finding in diagnostics.update(record):
-            history.add("diagnostic", **finding)
-            text = f"{finding['code']}: {finding['message']}. {finding['cause']} {finding['cure']}"
-            warnings.warn(text, AdaLoraWarning, stacklevel=3)
-
-    history.listeners.append(listen)
-    return diagnostics
-
-
 def diagnose(history: History, thresholds: DiagnosticThresholds | None = None) -> list[Finding]:
-    """All findings over a history, finished or not, oldest first."""
-    diagnostics = Diagnostics(thresholds)
+    """All findings over a history, finished or not, oldest first; by the run's own limits if none are given."""
+    diagnostics = Diagnostics(thresholds or recorded_thresholds(history))
     return [finding for record in history for finding in diagnostics.update(record)]
 
 

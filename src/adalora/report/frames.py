@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -146,13 +147,27 @@ def _numbers(frame: pd.DataFrame, *, keep: tuple[str, ...]) -> pd.DataFrame:
     return frame
 
 
+FRAMES: dict[str, Callable[[History], pd.DataFrame]] = {
+    "steps": steps_frame,
+    "allocations": allocations_frame,
+    "ranks": ranks_frame,
+    "module_scores": module_scores_frame,
+    "modules": modules_frame,
+    "metrics": metrics_frame,
+}
+
+
+def frame_of(history: History, name: str) -> pd.DataFrame:
+    """One frame by name.
+
+    Raises:
+        HistoryError: No such frame.
+    """
+    if name not in FRAMES:
+        raise HistoryError(f"no frame {name!r}; there are {', '.join(FRAMES)}")
+    return FRAMES[name](history)
+
+
 def to_frames(history: History) -> dict[str, Any]:
     """All frames of a run by name: steps, allocations, ranks, module_scores, modules, metrics."""
-    return {
-        "steps": steps_frame(history),
-        "allocations": allocations_frame(history),
-        "ranks": ranks_frame(history),
-        "module_scores": module_scores_frame(history),
-        "modules": modules_frame(history),
-        "metrics": metrics_frame(history),
-    }
+    return {name: frame(history) for name, frame in FRAMES.items()}

@@ -9,10 +9,13 @@ One run is a list of flat JSON records, in memory and, if a path is given, one J
 `handover`    step, ranks[], update_ratio        (re-parametrised at the end of warm-up)
 `allocation`  step, phase, budget, live, threshold, pruned, revived, ranks[], scores{min, q05, q25, q50, q75,
               q95, max, histogram[32], edges_log10[33], below_threshold}, module_scores[], orthogonality,
-              skipped_steps, update_ratio (‖ΔW‖ / ‖W‖ of the median module; where known)
+              skipped_steps, update_ratio (‖ΔW‖ / ‖W‖ of the median module; where known),
+              triplet_scores[][] (of the triplets kept, once the budget has reached its target),
+              revived_triplets[[module, triplet]] (numbers from 0; a triplet keeps its number until the compaction)
 `compaction`  step, ranks[], parameters_before, parameters_after, bytes_before, bytes_after
 `metric`      step, split, values{}
 `diagnostic`  step, code, message, cause, cure
+`thresholds`  the fields of `DiagnosticThresholds` that are not the defaults; after `start`
 `finish`      step, ranks[], singular_values[][], orthogonality, seconds, allocations
 
 `ranks`, `module_scores` and `singular_values` are in the order of `start.modules`.
@@ -26,7 +29,10 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Record = dict[str, Any]
 
@@ -91,6 +97,20 @@ class History:
     def last(self, event: str) -> Record | None:
         """The newest record of one event, or None."""
         return next((r for r in reversed(self.records) if r["event"] == event), None)
+
+    def to_frame(self, name: str = "steps") -> pd.DataFrame:
+        """One part of the history as a pandas frame.
+
+        Args:
+            name: `steps` (budget, live, loss, … by step), `allocations`, `ranks` and `module_scores` (a column per
+                module), `modules` (a row per module), or `metrics`.
+
+        Raises:
+            HistoryError: No such part, or the history has no `start` record.
+        """
+        from adalora.report.frames import frame_of  # pandas only where a frame is wanted
+
+        return frame_of(self, name)
 
     def __len__(self) -> int:
         return len(self.records)

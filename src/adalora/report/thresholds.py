@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from adalora.errors import ConfigError
+from adalora.report.history import History
 
 CODES = (
     "unstable-scores",
@@ -25,7 +26,10 @@ class DiagnosticThresholds(BaseModel):
 
     Attributes:
         ignore: Codes never to raise.
+        min_steps: Shorter runs are not judged at all: too few losses and scores to tell anything.
         revived_share: Share of the live triplets that an allocation revived, mean over `allocations`.
+        revivals: So many times the same triplet was revived ...
+        revived_often: ... and such triplets are this share of the target budget.
         allocations: How many allocations in a row a condition is averaged over or must hold for.
         loss_rise: Loss after the budget reached its target against the lowest before, as a share of it.
         loss_errors: The same difference in standard errors: what noise alone does not reach.
@@ -45,7 +49,10 @@ class DiagnosticThresholds(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ignore: tuple[str, ...] = ()
+    min_steps: int = Field(default=100, ge=1)
     revived_share: float = Field(default=0.1, gt=0, le=1)
+    revivals: int = Field(default=4, ge=1)
+    revived_often: float = Field(default=0.05, gt=0, le=1)
     allocations: int = Field(default=5, ge=1)
     loss_rise: float = Field(default=0.1, gt=0)
     loss_errors: float = Field(default=3.0, ge=0)
@@ -74,6 +81,13 @@ class DiagnosticThresholds(BaseModel):
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no diagnostic; known: {', '.join(CODES)}")
         return value
+
+
+def recorded_thresholds(history: History) -> DiagnosticThresholds:
+    """The limits that the run was watched with; the defaults where none were recorded."""
+    record = history.last("thresholds") or {}
+    known = DiagnosticThresholds.model_fields
+    return DiagnosticThresholds(**{name: value for name, value in record.items() if name in known})
 
 
 def _describe(error: ValidationError, *, known: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -10,6 +11,7 @@ from adalora.tasks.hub import load_hub
 from adalora.tasks.problems import suggest
 from adalora.tasks.recipe import DataPart, Recipe
 from adalora.tasks.sources import DATA_VARIABLE, SOURCES, load_builtin, local_folder
+from adalora.tasks.squad_files import is_squad, read_squad
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -25,21 +27,26 @@ SPLIT_NAMES: dict[SplitName, tuple[str, ...]] = {
     "test": ("test",),
 }
 SHUFFLE_BUFFER = 10_000
+STREAM_SAMPLE = 1_000  # training rows that a stream without held-out rows is measured on
 
 
 class Splits(NamedTuple):
-    """Rows of a run; `validation` and `test` may be missing. Streaming rows are `IterableDataset`s."""
+    """Rows of a run; `validation` and `test` may be missing. Only `train` is ever a stream."""
 
     train: Dataset | IterableDataset
     validation: Dataset | None
     test: Dataset | None
 
     @property
-    def held_out(self) -> tuple[str, Dataset] | None:
-        """The split that the final metrics are measured on: test, else validation."""
+    def measured(self) -> tuple[str, Dataset]:
+        """Rows that the final metrics are measured on, and their split: test, else validation, else train."""
         if self.test is not None:
             return "test", self.test
-        return None if self.validation is None else ("validation", self.validation)
+        if self.validation is not None:
+            return "validation", self.validation
+        if hasattr(self.train, "__len__"):
+            return "train", self.train
+        return "train", _in_memory(self.train.take(STREAM_SAMPLE))
 
 
 def load_splits(recipe: Recipe) -> Splits:
@@ -58,6 +65,20 @@ def load_splits(recipe: Recipe) -> Splits:
     return Splits(tables["train"], tables.get("validation"), tables.get("test"))
 
 
+def columns_of(table: Any) -> list[str]:
+    """Column names; of a stream without a schema, those of its first row."""
+    return list(table.column_names or next(iter(table)))
+
+
+def load_table_columns(path: str) -> list[str]:
+    """Column names of one local file.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    return columns_of(_read_files(DataPart(files=path), {"train": [path]})["train"])
+
+
 def _read(data: DataPart) -> dict[str, Any]:
     if data.files is not None:
         return _read_files(data, _files_by_split(data.files))
@@ -66,6 +87,8 @@ def _read(data: DataPart) -> dict[str, Any]:
         return dict(load_builtin(name))
     folder = local_folder(name)
     if folder is not None:
+        if data.config is not None and (folder / data.config).is_dir():
+            folder = folder / data.config
         files = _files_of_folder(folder)
         if files:
             return _read_files(data, files)
@@ -101,6 +124,9 @@ def _read_files(data: DataPart, files: dict[str, list[str]]) -> dict[str, Any]:
         raise DataError(
             f"data.files: {first.name!r} does not tell its format; set data.format to csv, json, parquet or text"
         )
+    if kind == "json" and is_squad(first):
+        rows = {split: [row for path in paths for row in read_squad(Path(path))] for split, paths in files.items()}
+        return {split: datasets.Dataset.from_list(part) for split, part in rows.items()}
     options: dict[str, Any] = {}
     if kind == "csv":
         options = {"sep": "\t" if first.suffix == ".tsv" else data.delimiter, "column_names": data.header}
@@ -162,9 +188,7 @@ def _label_column(recipe: Recipe) -> str | None:
 
 def _rename(recipe: Recipe, table: Any, split: str) -> Any:
     """Keep the task's columns and give them the names of their roles."""
-    names = table.column_names
-    if names is None:  # streaming without a schema: look at the first row
-        names = list(next(iter(table)))
+    names = columns_of(table)
     wanted: dict[str, str] = {}
     for role, needed in recipe.task.ROLES.items():
         column = recipe.column(role)
@@ -174,9 +198,20 @@ def _rename(recipe: Recipe, table: Any, split: str) -> Any:
             raise DataError(
                 f"data.columns.{role}={column!r} ({split}): {suggest(column, names, 'columns of this data set')}"
             )
+    for column in _template_columns(recipe, names):
+        wanted.setdefault(column, column)
     table = table.select_columns(list(dict.fromkeys(wanted.values())))
     changes = {column: role for role, column in wanted.items() if role != column}
     return table.rename_columns(changes) if changes else table
+
+
+def _template_columns(recipe: Recipe, names: list[str]) -> list[str]:
+    template = getattr(recipe.task, "template", None) or ""
+    fields = [field for _, field, _, _ in string.Formatter().parse(template) if field]
+    for field in fields:
+        if field not in names:
+            raise DataError(f"task.template names {{{field}}}: {suggest(field, names, 'columns of this data set')}")
+    return fields
 
 
 def _limited(data: DataPart, table: Any, split: str) -> Any:
@@ -184,7 +219,14 @@ def _limited(data: DataPart, table: Any, split: str) -> Any:
     if data.streaming:
         if split == "train":
             table = table.shuffle(seed=data.seed, buffer_size=SHUFFLE_BUFFER)
-        return table.take(limit) if limit else table
+            return table.take(limit) if limit else table
+        return _in_memory(table.take(limit) if limit else table)
     if limit is None or limit >= len(table):
         return table
     return table.shuffle(seed=data.seed).select(range(limit))
+
+
+def _in_memory(stream: Any) -> Dataset:
+    from datasets import Dataset
+
+    return Dataset.from_list(list(stream), features=stream.features)

@@ -18,6 +18,22 @@ class Options(BaseModel):
     ROLES: ClassVar[dict[str, bool]] = {}
 
 
+class Generation(Options):
+    """How text is generated for the metrics.
+
+    Attributes:
+        max_new_tokens: Most tokens generated for one row.
+        num_beams: Beams of the beam search; 1 is greedy.
+        length_penalty: Above 0 favours longer beams.
+        no_repeat_ngram: Size of n-grams that may not come twice; 0 allows all.
+    """
+
+    max_new_tokens: int = Field(default=64, ge=1)
+    num_beams: int = Field(default=1, ge=1)
+    length_penalty: float = 1.0
+    no_repeat_ngram: int = Field(default=0, ge=0)
+
+
 class Classification(Options):
     """One of several labels for a text, or for a pair of texts where `text_pair` is named.
 
@@ -69,12 +85,136 @@ class Regression(Options):
     name: Literal["regression"]
 
 
+class QuestionAnswering(Options):
+    """The span of a context that answers a question (SQuAD); with `no_answer`, or that there is none.
+
+    Attributes:
+        no_answer: Some questions have no answer (SQuAD v2).
+        stride: Tokens that two windows over one long context share.
+        max_answer_tokens: Longest answer looked for.
+        candidates: Best start and end positions that are combined.
+        no_answer_threshold: "No answer" is given where its score exceeds the best span's by more than this;
+            `tune` picks it on the validation split.
+    """
+
+    ROLES = {"question": True, "context": True, "answers": True}
+
+    name: Literal["question-answering"]
+    no_answer: bool = False
+    stride: int = Field(default=128, ge=0)
+    max_answer_tokens: int = Field(default=30, ge=1)
+    candidates: int = Field(default=20, ge=1)
+    no_answer_threshold: float | Literal["tune"] = 0.0
+
+
+class TokenClassification(Options):
+    """A label for each word (names, parts of speech); both columns hold lists of equal length.
+
+    Attributes:
+        labels: The labels in the order of the model's outputs; by default those of the training rows.
+    """
+
+    ROLES = {"tokens": True, "tags": True}
+
+    name: Literal["token-classification"]
+    labels: list[str] | None = None
+
+
+class Seq2Seq(Options):
+    """Text to text with an encoder-decoder: summaries, translations. Scored by ROUGE.
+
+    Attributes:
+        prefix: Put before every source, as T5 wants.
+        max_target_length: Tokens of the target kept in training.
+        generation: How texts are generated for the metrics; `null` measures the loss only.
+    """
+
+    ROLES = {"source": True, "target": True}
+
+    name: Literal["seq2seq"]
+    prefix: str = ""
+    max_target_length: int = Field(default=128, ge=1)
+    generation: Generation | None = Generation()
+
+
+class CausalLM(Options):
+    """Next-token prediction on `text`, on `prompt` and `completion`, or on `messages` (a chat).
+
+    Attributes:
+        loss_on: `"completion"` leaves out the prompt, or all but the assistant's turns; `"all"` counts
+            every token. On plain text there is no difference.
+        template: Text with `{column}` fields from which the prompt is made, in place of a `prompt` column.
+        separator: Between prompt and completion.
+        chat: Pass prompt and completion through the tokenizer's chat template.
+        generation: Also generate completions of the held-out rows and score them by ROUGE.
+    """
+
+    ROLES = {"text": False, "prompt": False, "completion": False, "messages": False}
+
+    name: Literal["causal-lm"]
+    loss_on: Literal["completion", "all"] = "completion"
+    template: str | None = None
+    separator: str = ""
+    chat: bool = False
+    generation: Generation | None = None
+
+
+class ImageClassification(Options):
+    """One of several labels for an image: a path, or an image of the data set.
+
+    Attributes:
+        labels: The labels in the order of the model's outputs; by default those of the training rows.
+    """
+
+    ROLES = {"image": True, "label": True}
+
+    name: Literal["image-classification"]
+    labels: list[str] | None = None
+
+
+class SpeechToText(Options):
+    """Speech to text with Whisper and its kin. Scored by the word error rate.
+
+    Attributes:
+        language: Language of the speech, for multilingual models.
+        max_target_length: Tokens of the text kept in training.
+        generation: How texts are generated for the metrics; `null` measures the loss only.
+    """
+
+    ROLES = {"audio": True, "text": True}
+
+    name: Literal["speech-to-text"]
+    language: str | None = None
+    max_target_length: int = Field(default=128, ge=1)
+    generation: Generation | None = Generation(max_new_tokens=128)
+
+
 TaskOptions: TypeAlias = Annotated[
-    Classification | SentencePair | MultiLabel | Regression,
+    Classification
+    | SentencePair
+    | MultiLabel
+    | Regression
+    | QuestionAnswering
+    | TokenClassification
+    | Seq2Seq
+    | CausalLM
+    | ImageClassification
+    | SpeechToText,
     Field(discriminator="name"),
 ]
 
-TASKS: tuple[type[Options], ...] = (Classification, SentencePair, MultiLabel, Regression)
+TASKS: tuple[type[Options], ...] = (
+    Classification,
+    SentencePair,
+    MultiLabel,
+    Regression,
+    QuestionAnswering,
+    TokenClassification,
+    Seq2Seq,
+    CausalLM,
+    ImageClassification,
+    SpeechToText,
+)
 
 
 def task_names() -> list[str]:

@@ -13,6 +13,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from adalora.errors import AdapterFileError
 from adalora.tasks.recipe_files import load_recipe
 
+PREDICTS = ("classification",)
+
 
 def load_saved(run: Path) -> tuple[Any, Any]:
     """Model and tokenizer of a finished run: the base model with the saved adapter in stock PEFT.
@@ -25,6 +27,8 @@ def load_saved(run: Path) -> tuple[Any, Any]:
         raise AdapterFileError(f"{run} holds no trained adapter; train one first: adalora demo --out {run}")
     labels = {int(k): v for k, v in json.loads((adapter / "labels.json").read_text(encoding="utf-8")).items()}
     recipe = load_recipe(run / "recipe.yaml")
+    if recipe.task.name not in PREDICTS:
+        raise AdapterFileError(f"{run} was trained for {recipe.task.name}; answers here are for {', '.join(PREDICTS)}")
     base = AutoModelForSequenceClassification.from_pretrained(
         recipe.model.resolve(), num_labels=len(labels), id2label=labels, dtype=torch.float32
     )

@@ -86,11 +86,26 @@ def show_result(console: Console, metrics: dict[str, Any], files: dict[str, str]
         for title, part in (("most rank", ordered[::-1][:5]), ("least rank", ordered[:5])):
             for number, (name, rank) in enumerate(part):
                 table.add_row(title if number == 0 else "", f"{rank:3d}  {name}")
+    if "published" in metrics:
+        _add_published(table, metrics["scores"], metrics["published"])
     table.add_section()
     for what, path in files.items():
         table.add_row(what, path)
     table.add_row("seconds", f"{metrics['seconds']:.0f}")
     console.print(table)
+
+
+def _add_published(table: Table, scores: dict[str, float], published: dict[str, Any]) -> None:
+    """What others reported for this recipe, beside what this run reached."""
+    table.add_section()
+    for name, value in published["metrics"].items():
+        words = f"published {value:.4f}"
+        if name in published["lora"]:
+            words += f", LoRA {published['lora'][name]:.4f}"
+        if name in scores:
+            words += f"; this run {scores[name]:.4f} ({scores[name] - value:+.4f})"
+        table.add_row(name.replace("_", " "), words)
+    table.add_row("", published["source"])
 
 
 def ranks_of(controller: RankController) -> dict[str, Any]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
-import typing
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from adalora.config import AdaLoraConfig
 from adalora.errors import RecipeError
-from adalora.tasks.options import TaskOptions
+from adalora.report.thresholds import DiagnosticThresholds
+from adalora.tasks.options import CausalLM, TaskOptions
 from adalora.tasks.problems import describe, suggest
-
-PACKAGE_PREFIX = "package:"
-# Set by the runner or meaningless in training.
-_LORA_RESERVED = ("task_type", "peft_type", "base_model_name_or_path", "inference_mode", "auto_mapping", "revision")
+from adalora.tasks.recipe_checks import check_causal_columns, check_lora_fields, resolve_model_name
 
 
 class Part(BaseModel):
@@ -166,6 +161,20 @@ class TrainingPart(Part):
         return self
 
 
+class Published(Part):
+    """A published result that the run is compared with at its end.
+
+    Attributes:
+        source: Where it stands.
+        metrics: Metric → value, in the units of `metrics.json`.
+        lora: The same of LoRA at this budget, where the source has it.
+    """
+
+    source: str = Field(min_length=1)
+    metrics: dict[str, float] = Field(min_length=1)
+    lora: dict[str, float] = {}
+
+
 class Recipe(Part):
     """One training run: model, task, data, LoRA, AdaLoRA, training, output.
 
@@ -178,7 +187,9 @@ class Recipe(Part):
         lora: Fields of `peft.LoraConfig`.
         adalora: Fields of `AdaLoraConfig`; `null` trains plain LoRA.
         training: See `TrainingPart`.
+        diagnostics: Fields of `DiagnosticThresholds`: when a diagnostic of the run speaks up.
         output: Folder that the run is written to.
+        published: A published result to compare with.
     """
 
     name: str = Field(default="run", min_length=1)
@@ -189,7 +200,9 @@ class Recipe(Part):
     lora: dict[str, Any] = {}
     adalora: AdaLoraConfig | None = None
     training: TrainingPart = TrainingPart()
+    diagnostics: DiagnosticThresholds = DiagnosticThresholds()
     output: str = Field(min_length=1)
+    published: Published | None = None
 
     @classmethod
     def parse(cls, fields: dict[str, Any], *, where: str = "recipe") -> Recipe:
@@ -223,6 +236,8 @@ class Recipe(Part):
         for role in self.data.columns:
             if role not in roles:
                 raise ValueError(f"data.columns.{role}: {suggest(role, roles, f'roles of {self.task.name}')}")
+        if isinstance(self.task, CausalLM):
+            check_causal_columns(self.task, set(self.data.columns))
         if self.data.streaming and self.training.max_steps is None:
             raise ValueError("data.streaming=True needs training.max_steps: the number of rows is not known")
         return self
@@ -243,59 +258,6 @@ class Recipe(Part):
             fields["adalora"] = self.adalora.model_dump(mode="json", exclude_unset=True, exclude_none=True)
         else:
             fields["adalora"] = None
+        fields["diagnostics"] = self.diagnostics.model_dump(mode="json", exclude_defaults=True)
         fields["data"]["splits"] = dict(self.data.splits)
         return fields
-
-
-def resolve_model_name(name: str) -> str:
-    """Turn `package:PACKAGE/FOLDER` into that folder, without importing the package.
-
-    Raises:
-        RecipeError: No such package, or no such folder in it.
-    """
-    if not name.startswith(PACKAGE_PREFIX):
-        return name
-    package, _, folder = name.removeprefix(PACKAGE_PREFIX).partition("/")
-    if not package.isidentifier():
-        raise RecipeError(f"model.name={name!r}: after 'package:' comes a top-level package, then '/' and a folder")
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        raise RecipeError(
-            f"model.name={name!r}: the package {package!r} is not installed: pip install {package.replace('_', '-')}"
-        )
-    for root in spec.submodule_search_locations or []:
-        if (path := Path(root) / folder).is_dir():
-            return str(path)
-    raise RecipeError(f"model.name={name!r}: the package {package!r} has no folder {folder!r}")
-
-
-def check_lora_fields(value: dict[str, Any]) -> dict[str, Any]:
-    """Check names, types and ranges of `peft.LoraConfig` fields.
-
-    Raises:
-        ValueError: The message names the field and what is allowed.
-    """
-    from peft import LoraConfig
-
-    value = dict(value)
-    known = {f.name for f in dataclasses.fields(LoraConfig)} - set(_LORA_RESERVED)
-    hints = typing.get_type_hints(LoraConfig)
-    for name, given in list(value.items()):
-        if name in _LORA_RESERVED:
-            raise ValueError(f"lora.{name} is set by adalora: leave it out")
-        if name not in known:
-            raise ValueError(f"lora.{name}: {suggest(name, known, 'fields of peft.LoraConfig')}")
-        try:
-            adapter = pydantic.TypeAdapter(hints[name])
-        except pydantic.errors.PydanticSchemaGenerationError:
-            continue  # a class of peft's own, which peft checks
-        try:
-            value[name] = adapter.validate_python(given)
-        except pydantic.ValidationError as error:
-            raise ValueError(f"lora.{name}={given!r}: {error.errors()[0]['msg'].lower()}") from error
-    if value.get("r", 8) < 1:
-        raise ValueError(f"lora.r={value['r']}: must be at least 1")
-    if not 0 <= value.get("lora_dropout", 0.0) < 1:
-        raise ValueError(f"lora.lora_dropout={value['lora_dropout']}: must be at least 0 and below 1")
-    LoraConfig(**value)  # what peft itself refuses, such as contradictory fields
-    return value

@@ -172,7 +172,10 @@ def _with_variant(fields: dict[str, Any], variant: str | None, *, where: str) ->
         return fields
     if variant not in variants:
         raise RecipeError(f"{where}: variant {variant!r}: {suggest(variant, variants, 'variants')}")
-    return _merge(fields, variants[variant])
+    changes = variants[variant]
+    if "published" in changes:  # one result, not a mixture of two
+        fields.pop("published", None)
+    return _merge(fields, changes)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

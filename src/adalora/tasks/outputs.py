@@ -1,0 +1,66 @@
+"""The folder of a run: what lies in it, and how it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from adalora.errors import RecipeError
+
+ADAPTER, METRICS, HISTORY, REPORT, RECIPE, WORK = (
+    "adapter",
+    "metrics.json",
+    "history.jsonl",
+    "report.html",
+    "recipe.yaml",
+    "work",
+)
+
+
+def written(folder: Path) -> dict[str, str]:
+    """The files of a run, for people."""
+    names = {"adapter": ADAPTER, "metrics": METRICS, "history": HISTORY, "report": REPORT}
+    return {what: str(folder / name) for what, name in names.items() if (folder / name).exists()}
+
+
+def prepare_folder(folder: Path, *, overwrite: bool) -> Path:
+    """Make the output folder; refuse, or empty, one that holds a run. Files that are not a run's stay.
+
+    Raises:
+        RecipeError: It holds a run.
+    """
+    ours = (ADAPTER, METRICS, HISTORY, REPORT, RECIPE, WORK)
+    present = [name for name in ours if (folder / name).exists()]
+    if present and not overwrite:
+        raise RecipeError(
+            f"output={str(folder)!r} already holds a run ({', '.join(present)}); add --overwrite to train it anew, or "
+            "choose another folder with --set output=…"
+        )
+    for name in present:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def save_adapter(model: Any, processor: Any, folder: Path) -> None:
+    """Write the plain LoRA adapter and the processor; the folder appears whole or not at all."""
+    unfinished = folder.with_name(folder.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    # Embeddings are never resized here; PEFT would ask the hub whether they were.
+    model.save_pretrained(unfinished, save_embedding_layers=False)
+    processor.save_pretrained(unfinished)
+    labels = getattr(model.config, "id2label", None)
+    write_text(unfinished / "labels.json", json.dumps(labels))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one go: a reader sees the old text or the new, never half of it."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+from .tiny import make_recipe, run, write_rows
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "vit"
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=8
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def test_dark_is_told_from_light(model, tmp_path):
+    noise = np.random.default_rng(0)
+    rows = []
+    for n in range(40):
+        pixels = noise.integers(0, 100, (20, 24, 3)) + (150 if n % 2 else 0)
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{n}.png")
+        rows.append({"file": str(tmp_path / f"{n}.png"), "label": "light" if n % 2 else "dark"})
+    recipe = make_recipe(
+        tmp_path,
+        model,
+        task="image-classification",
+        data={
+            "files": write_rows(tmp_path / "rows.jsonl", rows),
+            "columns": {"image": "file"},
+            "test_fraction": 0.25,
+        },
+        training={"max_steps": 30, "batch_size": 8, "learning_rate": 1e-2, "length_grouping": True},
+    )
+    result = run(recipe)
+    assert result.metrics["accuracy"] == 1
+    modules = set(result.metrics["ranks"])
+    assert modules
+    assert not any("classifier" in name for name in modules)  # the head is trained whole, not by LoRA

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from adalora.errors import RecipeError
+from adalora.tasks import base, models
+from adalora.tasks.recipe import ModelPart
+from adalora.tasks.sequence import SequenceTask
+
+from .tiny import make_recipe
+
+SIZES = {"vocab_size": 15, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+class Task(SequenceTask):
+    def __init__(self):
+        pass
+
+
+def config(tmp_path, model, missing, **lora):
+    fields = {"r": 2, "target_modules": "all-linear", **lora}
+    recipe = make_recipe(tmp_path, "x", task="classification", data={"files": "rows.csv"}, lora=fields)
+    return models.lora_config(recipe, Task(), model, models.fresh_modules(model, missing))
+
+
+def test_a_head_that_the_checkpoint_lacks_is_trained_whole(tmp_path):
+    model = RobertaForSequenceClassification(RobertaConfig(**SIZES))
+    missing = {"classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight"}
+    made = config(tmp_path, model, missing)
+    assert set(made.exclude_modules) == {"classifier.dense", "classifier.out_proj"}
+    peft_model = models.get_peft_model(model, made)
+    assert made.modules_to_save == ["classifier", "score"]  # each once
+    lora = {name for name, _ in peft_model.named_parameters() if ".lora_A" in name}
+    assert lora
+    assert not any("classifier" in name for name in lora)
+    assert all(p.requires_grad for name, p in peft_model.named_parameters() if "classifier.modules_to_save" in name)
+
+
+def test_an_inner_module_that_is_missing_is_named_by_itself():
+    model = BertForSequenceClassification(BertConfig(**SIZES))
+    missing = {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight"}
+    assert models.fresh_modules(model, missing) == ["bert.pooler.dense", "classifier"]
+    assert models.fresh_modules(BertForQuestionAnswering(BertConfig(**SIZES)), {"qa_outputs.weight"}) == ["qa_outputs"]
+
+
+def test_the_users_choice_of_modules_stays(tmp_path):
+    model = BertForSequenceClassification(BertConfig(**SIZES))
+    made = config(tmp_path, model, {"classifier.weight"}, modules_to_save=["classifier"], target_modules=["query"])
+    assert made.exclude_modules is None
+    assert made.target_modules == {"query"}
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_quantisation_says_what_it_needs_or_is_complete(kind, monkeypatch):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="pip install bitsandbytes"):
+        models.loading_arguments(ModelPart(name="x", quantization=kind))
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: object())
+    settings = models.loading_arguments(ModelPart(name="x", quantization=kind))["quantization_config"]
+    assert settings.load_in_4bit == (kind == "4bit")
+    assert settings.load_in_8bit == (kind == "8bit")
+    if kind == "4bit":
+        assert (settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant) == ("nf4", True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU keeps the checkpoint's type")
+def test_half_precision_checkpoints_are_float32_on_a_cpu():
+    assert models.loading_arguments(ModelPart(name="x"))["dtype"] is torch.float32
+    assert models.loading_arguments(ModelPart(name="x", dtype="bfloat16"))["dtype"] is torch.bfloat16
+
+
+def test_a_missing_metric_package_is_named_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
+    recipe = make_recipe(tmp_path, "x", task="question-answering", data={"files": "rows.csv"})
+    with pytest.raises(RecipeError, match=r"torchmetrics: pip install 'adalora\[metrics\]'"):
+        base.make_task(recipe, None)

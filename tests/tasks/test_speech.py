@@ -1,0 +1,89 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import soundfile
+from transformers import (
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
+)
+
+from adalora.errors import DataError
+from adalora.tasks.speech import read_audio
+
+from .tiny import make_recipe, run, write_rows
+
+RATE = 16_000
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "whisper"
+    folder.mkdir()
+    letters = ["low", "high", "Ġlow", "Ġhigh", *"lowhigĠ"]
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|transcribe|>", "<|notimestamps|>"]
+    vocabulary = {token: n for n, token in enumerate([*dict.fromkeys(letters), *special])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[], pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": special[1:]})
+    extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    WhisperProcessor(extractor, tokenizer).save_pretrained(folder)
+    end, start = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|startoftranscript|>")
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = WhisperConfig(
+        vocab_size=len(tokenizer), num_mel_bins=8, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        max_source_positions=50, max_target_positions=32, pad_token_id=end, bos_token_id=end, eos_token_id=end,
+        decoder_start_token_id=start, suppress_tokens=[], begin_suppress_tokens=[], **sizes,
+    )  # fmt: skip
+    made = WhisperForConditionalGeneration(config)
+    made.generation_config.suppress_tokens = None
+    made.generation_config.begin_suppress_tokens = None
+    made.generation_config.forced_decoder_ids = None
+    made.generation_config.no_timestamps_token_id = tokenizer.convert_tokens_to_ids("<|notimestamps|>")
+    made.save_pretrained(folder)
+    return folder
+
+
+def tone(hertz, rate=RATE, seconds=0.5):
+    return (0.5 * np.sin(2 * np.pi * hertz * np.arange(int(rate * seconds)) / rate)).astype(np.float32)
+
+
+def test_a_run_measures_words(model, tmp_path):
+    rows = []
+    for n in range(16):
+        soundfile.write(tmp_path / f"{n}.wav", tone(200 if n % 2 else 3000), RATE)
+        rows.append({"audio": str(tmp_path / f"{n}.wav"), "text": "low" if n % 2 else "high"})
+    recipe = make_recipe(
+        tmp_path,
+        model,
+        task={"name": "speech-to-text", "generation": {"max_new_tokens": 4}},
+        data={"files": write_rows(tmp_path / "rows.jsonl", rows), "test_fraction": 0.25},
+        training={"max_steps": 30, "batch_size": 4, "learning_rate": 2e-2},
+    )
+    metrics = run(recipe).metrics
+    assert metrics["nll"] < math.log(15)
+    assert metrics["wer"] >= 0
+    assert metrics["final_rank_total"] == metrics["target_rank_total"]
+
+
+def test_audio_of_every_form_is_the_same(tmp_path):
+    file = tmp_path / "a.wav"
+    soundfile.write(file, np.stack([tone(200, 8000)] * 2, axis=1), 8000, subtype="FLOAT")
+    from_path = read_audio(str(file), RATE)
+    from_bytes = read_audio({"path": None, "bytes": file.read_bytes()}, RATE)
+    from_array = read_audio({"array": tone(200, 8000), "sampling_rate": 8000}, RATE)
+    assert from_path.dtype == np.float32
+    assert len(from_path) == len(tone(200))
+    np.testing.assert_allclose(from_path, from_bytes)
+    np.testing.assert_allclose(from_path, from_array, atol=1e-6)
+    assert np.abs(from_path - tone(200))[200:-200].max() < 0.01  # resampled, not stretched
+
+
+def test_a_broken_file_is_named(tmp_path):
+    (tmp_path / "b.wav").write_bytes(b"no audio")
+    with pytest.raises(DataError, match=r"b\.wav"):
+        read_audio(str(tmp_path / "b.wav"), RATE)
