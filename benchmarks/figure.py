@@ -40,8 +40,8 @@ def _counts(axis: Axes, results: dict[str, Any]) -> None:
 def _times(axis: Axes, results: dict[str, Any]) -> None:
     entries = {phase: results["phases"][phase]["ours"] for phase in ("warmup", "decrease", "final")}
     entries |= {
-        "whole run": results["whole_run"]["ours"],
-        "PEFT AdaLoRA,\nwhole run": results["whole_run"]["peft_adalora"],
+        "whole\nrun": results["whole_run"]["ours"],
+        "PEFT\nAdaLoRA": results["whole_run"]["peft_adalora"],
     }
     _errorbars(axis, entries)
     axis.set_title("Step time ÷ PEFT LoRA's, quartiles")
@@ -62,7 +62,10 @@ def _modules(axis: Axes, results: dict[str, Any]) -> None:
         shares = [100 * entry["ms"][kind] / entry["step_ms"] for entry in found.values()]
         axis.plot(count, shares, marker="o", label=f"{kind} step")
     axis.axhline(1.0, color="0.6", linewidth=1)
-    axis.set(xscale="log", xlabel="modules", title="Controller's share of a step, %, decrease phase")
+    axis.set_xscale("log")
+    axis.set_xticks(count, [str(n) for n in count], minor=False)
+    axis.minorticks_off()
+    axis.set(xlabel="modules", title="Controller's share of a step, %, decrease", ylim=(0, None))
     axis.legend()
 
 
