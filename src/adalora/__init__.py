@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from adalora.controller import RankController
     from adalora.errors import AdaLoraError, AdaLoraWarning
     from adalora.integrations.trainer import AdaLoraCallback
+    from adalora.lora.checkpoint import latest_checkpoint
     from adalora.registry import attach, controllers
     from adalora.report.history import History
 
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "attach",
     "controllers",
+    "latest_checkpoint",
 ]
 
 _HOME = {
@@ -40,6 +42,7 @@ _HOME = {
     "RankController": "adalora.controller",
     "attach": "adalora.registry",
     "controllers": "adalora.registry",
+    "latest_checkpoint": "adalora.lora.checkpoint",
 }
 
 

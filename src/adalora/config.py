@@ -53,6 +53,8 @@ class AdaLoraConfig(BaseModel):
         orthogonality_weight: γ of Eq. 4.
         revival: Pruned triplets may return while the budget shrinks, as in the paper.
         compact: Remove pruned triplets physically when the budget has reached its target.
+        compact_at: Remove them earlier too, at these fractions of the decrease, e.g. `(0.5, 0.75)`: what is removed
+            cannot return. None: once, at its end.
         nested: In the final phase, leave out a random tail of the triplets' order at half of the steps, so that the
             adapter can be cut to smaller budgets afterwards. It costs quality at the full budget.
         seed: Of importance `"random"` and of `nested`.
@@ -77,6 +79,7 @@ class AdaLoraConfig(BaseModel):
     orthogonality_weight: float = Field(default=0.1, ge=0)
     revival: bool = True
     compact: bool = True
+    compact_at: tuple[float, ...] | None = None
     nested: bool = False
     seed: int = 0
 
@@ -108,6 +111,13 @@ class AdaLoraConfig(BaseModel):
                 raise ValueError(f"is a fraction of at most 1.0 or a whole number of steps, e.g. {round(value)}")
         return value
 
+    @field_validator("compact_at")
+    @classmethod
+    def _stages(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and (not value or any(not 0 < f <= 1 for f in value)):
+            raise ValueError("is a list of fractions of the decrease, above 0 and at most 1, e.g. (0.5, 0.75)")
+        return value
+
     @field_validator("schedule")
     @classmethod
     def _power(cls, value: str | float) -> str | float:
@@ -136,6 +146,8 @@ class AdaLoraConfig(BaseModel):
     def _refuse_without_effect(self) -> None:
         """An option that changes nothing in this combination is a mistake of the user's: say so."""
         given = self.model_fields_set
+        if self.compact_at is not None and not self.compact:
+            raise ValueError("compact_at has no effect with compact=False: leave one of them out")
         if self.orthogonality == "off" and "orthogonality_weight" in given and self.orthogonality_weight:
             raise ValueError('orthogonality_weight has no effect with orthogonality="off": leave it out')
         if self.nested and not self.compact:
@@ -149,6 +161,7 @@ class AdaLoraConfig(BaseModel):
                 "revival",
                 "nested",
                 "budget_scope",
+                "compact_at",
             ):
                 if name in given:
                     raise ValueError(f'{name} has no effect with schedule="constant" (no allocation): leave it out')

@@ -20,14 +20,16 @@ from adalora.lora.forward import TripletVariant
 from adalora.lora.masking import zero_pruned
 from adalora.lora.nested import NestedTruncation, refuse_unfit
 from adalora.lora.orthogonal import decoupled_step, hand_over
+from adalora.lora.replicas import Replicas
 from adalora.lora.scoring import Scorer
-from adalora.lora.triplets import find_triplets, fresh, rescale, write_patterns
+from adalora.lora.triplets import find_triplets, fresh, lora_config, rescale
 from adalora.recording import Recorder
 from adalora.report.history import History
 from adalora.report.plotting import HistoryPlots
+from adalora.resuming import Resumable
 
 
-class RankController(HistoryPlots):
+class RankController(Resumable, HistoryPlots):
     """Runs the method for one adapter of one model; made by `adalora.attach`.
 
     The optimizer is found by itself: a post-step hook of torch, global to the process, calls the controller once per
@@ -62,6 +64,8 @@ class RankController(HistoryPlots):
         self.target_budget = target_triplets(config, self.handles)
         self._scorer = Scorer(self.handles, config)
         self._record = Recorder(history, self.handles)
+        self._written_ranks = [h.rank for h in self.handles]
+        self._excluded = lora_config(model, adapter).exclude_modules
         self._nested: NestedTruncation | None = None
         if config.nested:
             refuse_unfit(self.handles)
@@ -159,6 +163,11 @@ class RankController(HistoryPlots):
         """One optimizer step has been made: score, regularise, and where it is time re-allocate."""
         if self.finished or self._model() is None:
             return
+        if self.is_sharded:
+            raise ConfigError(
+                "FSDP's sharded parameters are not supported: a triplet's column is spread over processes. Leave the "
+                "adapter out of sharding, fully_shard(…, ignored_params={…}), or train with DDP"
+            )
         schedule, step = self.schedule, self.step
         handover = self.config.handover and step == schedule.warmup_steps - 1 and schedule.shape != "constant"
         if schedule.phase(step) == "decrease" or (not self.config.handover and step <= schedule.decrease_end):
@@ -173,6 +182,8 @@ class RankController(HistoryPlots):
             self.hand_over()
         if schedule.allocates(step):
             self._allocate(schedule.budget(step))
+            if self._stage_is_due(schedule, step):
+                self._remove_masked(during_training=True)
         elif not self.config.revival or step > schedule.decrease_end:
             self._apply_masks()  # what is pruned for good, and not yet removed, may not grow
         if step == schedule.decrease_end and schedule.shape != "constant":
@@ -190,12 +201,13 @@ class RankController(HistoryPlots):
         """Turn every P·Q into its singular vectors, exactly; the averages start anew."""
         for h in self.handles:
             hand_over(h, self.optimizer)
+        Replicas(self.model).share_layers(self.handles, self.optimizer)
         self._scorer.reset()
         self._record.handover(self.step)
 
     def _allocate(self, budget: int) -> None:
         """Keep the best `budget` triplets, zero the others."""
-        scores = self._scorer.scores()
+        scores = Replicas(self.model).share(self._scorer.scores())
         live_before = torch.cat([h.mask for h in self.handles])
         module = torch.repeat_interleave(torch.tensor([h.rank for h in self.handles]))
         if not self.config.revival:
@@ -216,21 +228,49 @@ class RankController(HistoryPlots):
 
     def _apply_masks(self) -> None:
         """Zero P of the pruned triplets; Q keeps its direction, from which a triplet may grow again."""
-        zero_pruned(self.handles)
+        zero_pruned(self.handles, self.optimizer)
 
     def _enter_final_phase(self) -> None:
         """Ranks are fixed from here: free the averages, remove what was pruned."""
         self._scorer.reset()
+        self._remove_masked(during_training=True)
+
+    def _stage_is_due(self, schedule: BudgetSchedule, step: int) -> bool:
+        """Whether this allocation is the first one at or after a fraction of `compact_at`."""
+        length = schedule.decrease_end - schedule.warmup_steps
+        if not self.config.compact_at or step >= schedule.decrease_end:
+            return False
+        last, now = (step - schedule.interval - schedule.warmup_steps) / length, (step - schedule.warmup_steps) / length
+        return any(last < fraction <= now for fraction in self.config.compact_at)
+
+    def compact(self) -> None:
+        """Remove pruned triplets now. Under DDP wrap the model again afterwards, the old wrapper refuses to train.
+
+        Done by itself at the end of the decrease, and at `compact_at`, where one process trains.
+        """
+        self._remove_masked(during_training=False)
+
+    def _remove_masked(self, *, during_training: bool) -> None:
+        """Make memory smaller; averages of what stays go on."""
         if not self.config.compact or self.live == sum(h.rank for h in self.handles):
             return
-        before = adapter_size(self.handles)
+        replicas = Replicas(self.model)
+        if self.is_sharded or (during_training and replicas.several):
+            return  # masked: parameters of a wrapped model keep their size until the training is over
+        before, averages = adapter_size(self.handles), self._scorer.cut()
         try:
             compact(self.handles, self.optimizer)
         except CompactionError as error:  # nothing was changed; a run must not die of it
             warnings.warn(f"pruned triplets stay in memory, masked: {error}", AdaLoraWarning, stacklevel=2)
             return
-        write_patterns(self.model, self.handles)
+        replicas.retire_wrappers()
+        self._scorer.load_state_dict(averages)
+        self._write_patterns()
         self._record.compaction(self.step, before=before, after=adapter_size(self.handles))
+
+    def _go_on(self) -> None:
+        if self.config.nested and self.step > self.schedule.decrease_end:
+            self._truncate_at_random()
 
     def _truncate_at_random(self) -> None:
         """Draw what the coming step trains; the order is that of the last allocation, which a resumed run has too."""
@@ -241,17 +281,22 @@ class RankController(HistoryPlots):
             self._nested = NestedTruncation(self.handles, record["triplet_scores"], seed=self.config.seed)
         self._nested.draw(self.step)
 
-    def finalize(self) -> None:
+    def finalize(self, *, cut: bool = True) -> None:
         """End the run: bring the adapter to its target even if the training ended before the schedule did.
 
         Called by the Trainer callback; call it at the end of your own loop. Warns where the schedule was cut short or
         never ran.
+
+        Args:
+            cut: False leaves the triplets that are live now, even if they are more than the target.
         """
         if self.finished:
             return
         self.warn_if_idle()
         schedule = self.schedule
-        if schedule.shape != "constant" and self.step <= schedule.decrease_end:
+        if not cut:
+            self.compact()
+        elif schedule.shape != "constant" and self.step <= schedule.decrease_end:
             if self.step > 0:
                 warnings.warn(
                     f"training ended after {self.step} of {schedule.total_steps} steps, before the budget had reached "
@@ -265,6 +310,8 @@ class RankController(HistoryPlots):
                 self._enter_final_phase()
         if self._nested is not None:
             self._nested.stop()
+        if Replicas(self.model).several:
+            self.compact()  # put off until now
         self.finished = True
         self._record.finish(self.step, allocations=self.allocations)
 

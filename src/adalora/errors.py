@@ -24,6 +24,10 @@ class CompactionError(AdaLoraError, RuntimeError):
     """Pruned triplets cannot be removed safely here."""
 
 
+class TrainingError(AdaLoraError, RuntimeError):
+    """A run cannot go on: it has diverged, or memory is exhausted."""
+
+
 class AdapterFileError(AdaLoraError, ValueError):
     """An adapter on disk is missing, malformed, unsafe, or cannot be written in the wanted format."""
 

@@ -21,6 +21,14 @@ from adalora.version import __version__
 STEP_RECORDS = 500  # so many `step` records a run at most, beside those of allocations and of the trainer's log
 
 
+def versions() -> dict[str, str]:
+    """Of the libraries that a run's numbers hang on."""
+    import peft
+    import transformers
+
+    return {"torch": str(torch.__version__), "peft": peft.__version__, "transformers": transformers.__version__}
+
+
 class Recorder:
     """Turns a controller's decisions into records; holds no state of the method."""
 
@@ -44,17 +52,10 @@ class Recorder:
 
     def start(self, schedule: BudgetSchedule, *, config: dict[str, Any], model: str) -> None:
         """The run's settings."""
-        import peft
-        import transformers
-
         self.history.add(
             "start",
             version=__version__,
-            versions={
-                "torch": torch.__version__,
-                "peft": peft.__version__,
-                "transformers": transformers.__version__,
-            },
+            versions=versions(),
             machine={
                 "python": platform.python_version(),
                 "system": platform.system(),

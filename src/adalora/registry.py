@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import weakref
-from types import FrameType
-from typing import Any
+from collections.abc import Mapping
+from types import FrameType, MethodType
+from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -43,6 +44,34 @@ def _on_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for controller in [c for of_model in list(_ATTACHED.values()) for c in of_model.values()]:
         if not controller.finished and controller.owns(optimizer):
             controller.after_step(optimizer)
+
+
+def _before_load_state_dict(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    """Bring the layers to the ranks of the weights that come.
+
+    Only layers whose weights are there are touched, unless they should all be: then a layer without any has left the
+    adapter.
+    """
+    strict = bool(rest[1])
+    names = {id(module): name for name, module in model.named_modules()}
+    for controller in controllers(model).values():
+        ranks = []
+        for h in controller.handles:
+            keys = [f"{prefix}{names[id(h.layer)]}.{key}" for key in h.Q_keys]
+            found = next((state_dict[key] for key in keys if key in state_dict), None)
+            gone = 0 if strict or controller.expects_all_layers else h.rank
+            ranks.append(gone if found is None else found.shape[h.Q_dim])
+        if any(ranks):
+            controller.fit_to(ranks)
+
+
+def _load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's `load_adapter`: for an attached adapter a checkpoint is verified before anything of it is used."""
+    controller = controllers(self).get(adapter_name)
+    if controller is None:
+        return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
+    with controller.loading(model_id):
+        return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
 
 
 register_optimizer_step_pre_hook(_before_optimizer_step)
@@ -90,6 +119,11 @@ def attach(
     record = history if isinstance(history, History) else History(history)
     diagnose_live(record, thresholds)
     controller = RankController(model, config, adapter=adapter, history=record, total_steps=total_steps)
+    if model not in _ATTACHED:
+        cast(Any, model).register_load_state_dict_pre_hook(_before_load_state_dict)
+        if hasattr(model, "load_adapter"):
+            # A bound method, not a closure: a deep copy of the model gets one bound to itself.
+            cast(Any, model).load_adapter = MethodType(_load_adapter, model)
     _ATTACHED.setdefault(model, {})[adapter] = controller
     return controller
 

@@ -25,11 +25,12 @@ def train(
         list[str] | None, typer.Option("--set", help="Override a field: --set training.learning_rate=1e-3")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Train anew where the folder holds a run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
 ) -> None:
     """Train a recipe."""
     from adalora.tasks.recipe_files import load_recipe
 
-    _run(load_recipe(recipe, overrides=change or []), overwrite=overwrite)
+    _run(load_recipe(recipe, overrides=change or []), overwrite=overwrite, resume=resume)
 
 
 def demo(
@@ -99,7 +100,7 @@ def init(
     typer.echo(f"wrote {out}; train it: adalora train {out}")
 
 
-def _run(recipe: Any, *, overwrite: bool) -> None:
+def _run(recipe: Any, *, overwrite: bool, resume: bool = False) -> None:
     from rich.console import Console
 
     from adalora.tasks.progress import show_result
@@ -107,7 +108,7 @@ def _run(recipe: Any, *, overwrite: bool) -> None:
 
     _quiet()
     console = Console()
-    result = run_recipe(recipe, overwrite=overwrite, console=console)
+    result = run_recipe(recipe, overwrite=overwrite, resume=resume, console=console)
     show_result(console, result.metrics, result.files)
 
 

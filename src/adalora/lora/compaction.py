@@ -1,18 +1,18 @@
-"""Remove pruned triplets for good: parameters, gradients and optimizer state get smaller."""
+"""Remove pruned triplets for good, or bring layers to the ranks of a checkpoint."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adalora.errors import CompactionError
+from adalora.lora.optimizer_state import cut_state, drop_parameters
 from adalora.lora.triplets import TripletHandle
 
 
-def compact(handles: list[TripletHandle], optimizer: Optimizer | None) -> None:
+def compact(handles: Sequence[TripletHandle], optimizer: Optimizer | None) -> None:
     """Drop masked triplets from every layer, in place, and the optimizer's moments with them.
 
     A layer left without triplets loses the adapter altogether: it costs nothing afterwards.
@@ -25,20 +25,56 @@ def compact(handles: list[TripletHandle], optimizer: Optimizer | None) -> None:
         CompactionError: The optimizer holds state that cannot be cut; nothing has been changed then.
     """
     pruned = [h for h in handles if not h.removed and not bool(h.mask.all())]
-    cuts = [(p, dim, h.mask) for h in pruned for p, dim in ((h.P_parameter, h.P_dim), (h.Q_parameter, h.Q_dim))]
-    for parameter, dim, _ in cuts:
-        _check_state(parameter, dim, optimizer)
-    for parameter, dim, mask in cuts:
-        index = mask.nonzero().squeeze(1).to(parameter.device)
-        _cut_state(parameter, dim, index, optimizer=optimizer)
-        _shrink_(parameter, dim, index)
+    cuts = [
+        (parameter, dim, h.mask.nonzero().squeeze(1).to(parameter.device))
+        for h in pruned
+        for parameter, dim in h.factors.values()
+    ]
+    states = [cut_state(optimizer, *cut) for cut in cuts] if optimizer is not None else []
+    for number, (parameter, dim, index) in enumerate(cuts):
+        if optimizer is not None and parameter in optimizer.state:
+            optimizer.state[parameter] = states[number]
+        gradient = parameter.grad
+        replace_data_(parameter, parameter.detach().index_select(dim, index).contiguous())
+        if gradient is not None:
+            parameter.grad = gradient.index_select(dim, index).contiguous()
     for h in pruned:
-        _settle(h, optimizer)
+        _settle(h, h.live_rank, optimizer)
 
 
-def _settle(handle: TripletHandle, optimizer: Optimizer | None) -> None:
+def resize(
+    handles: Sequence[TripletHandle], ranks: Sequence[int], optimizer: Optimizer | None, *, model: nn.Module
+) -> bool:
+    """Bring layers to the ranks of a checkpoint whose weights come next; what they held is lost.
+
+    Args:
+        handles: All layers of one adapter.
+        ranks: Rank of each, 0 for a layer that the adapter has left.
+        optimizer: Forgets what it knew of parameters whose size changes.
+        model: Gives the order of parameters that return to the optimizer.
+
+    Returns:
+        Whether anything changed.
+    """
+    changed = [(h, rank) for h, rank in zip(handles, ranks) if h.rank != rank]
+    for h, rank in changed:
+        if h.removed:
+            _bring_back(h)
+            if optimizer is not None:
+                _return_parameters(h, handles, optimizer, model=model)
+        for parameter, dim in h.factors.values():
+            shape = list(parameter.shape)
+            shape[dim] = rank
+            replace_data_(parameter, parameter.detach().new_zeros(shape))
+            if optimizer is not None:
+                optimizer.state.pop(parameter, None)
+        _settle(h, rank, optimizer)
+    return bool(changed)
+
+
+def _settle(handle: TripletHandle, rank: int, optimizer: Optimizer | None) -> None:
     """Tell the layer its new rank; take the adapter off it where nothing is left."""
-    layer, name, rank = handle.layer, handle.adapter, handle.live_rank
+    layer, name = handle.layer, handle.adapter
     handle.mask = torch.ones(rank, dtype=torch.bool)
     if rank > 0:
         layer.r[name] = rank
@@ -48,51 +84,48 @@ def _settle(handle: TripletHandle, optimizer: Optimizer | None) -> None:
         elif name in layer.lora_A:
             layer.lora_A[name].out_channels = layer.lora_B[name].in_channels = rank
         return
-    gone = {id(handle.P_parameter), id(handle.Q_parameter)}
     if optimizer is not None:
-        for group in optimizer.param_groups:
-            for parameter in [p for p in group["params"] if id(p) in gone]:
-                optimizer.state.pop(parameter, None)
-            group["params"] = [p for p in group["params"] if id(p) not in gone]
+        drop_parameters(optimizer, [parameter for parameter, _ in handle.factors.values()])
     for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
         holder = getattr(layer, attribute, None)
         if holder is not None and name in holder:
+            handle.parked[attribute] = holder[name]
             del holder[name]
-    layer.lora_variant.pop(name, None)
+    if name in layer.lora_variant:
+        handle.parked["lora_variant"] = layer.lora_variant.pop(name)
 
 
-def _state_tensors(parameter: nn.Parameter, optimizer: Optimizer | None) -> dict[str, Any]:
-    """Tensors that the optimizer keeps for a parameter, without scalars such as Adam's step."""
-    state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-    return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
+def _bring_back(handle: TripletHandle) -> None:
+    """Give a layer the adapter back that was taken off it, at rank 0."""
+    for attribute, value in handle.parked.items():
+        getattr(handle.layer, attribute)[handle.adapter] = value
+    handle.parked = {}
 
 
-def _check_state(parameter: nn.Parameter, dim: int, optimizer: Optimizer | None) -> None:
-    for key, value in _state_tensors(parameter, optimizer).items():
-        if value.shape != parameter.shape or not value.is_floating_point():
-            raise CompactionError(
-                f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} and type {value.dtype} for a "
-                f"parameter of shape {tuple(parameter.shape)}: it cannot be cut with it. Set compact=False to keep "
-                "pruned triplets masked, or use AdamW or SGD"
-            )
+def _return_parameters(
+    handle: TripletHandle, handles: Sequence[TripletHandle], optimizer: Optimizer, *, model: nn.Module
+) -> None:
+    """Put a returning layer's parameters into the group of its like, in the model's order as optimizers are made."""
+    mine = [parameter for parameter, _ in handle.factors.values()]
+    like = {id(p) for h in handles for p, _ in h.factors.values()} - {id(p) for p in mine}
+    place = {id(p): number for number, p in enumerate(model.parameters())}
+    for group in optimizer.param_groups:
+        params = group["params"]
+        if any(id(p) in like for p in params):
+            places = [place.get(id(p), -1) for p in params]
+            params.extend(mine)
+            if places == sorted(places):
+                params.sort(key=lambda p: place.get(id(p), -1))
+            return
 
 
-def _cut_state(parameter: nn.Parameter, dim: int, index: Tensor, *, optimizer: Optimizer | None) -> None:
-    for key, value in _state_tensors(parameter, optimizer).items():
-        assert optimizer is not None
-        optimizer.state[parameter][key] = value.index_select(dim, index.to(value.device)).contiguous()
-
-
-def _shrink_(parameter: nn.Parameter, dim: int, index: Tensor) -> None:
-    """Give a parameter a smaller tensor and keep its identity, on which optimizers and hooks rely.
+def replace_data_(parameter: nn.Parameter, data: Tensor) -> None:
+    """Give a parameter a tensor of another size and keep its identity, on which optimizers and hooks rely.
 
     The empty tensor of another type in between makes autograd drop the accumulator that remembers the old shape.
+    The gradient is gone afterwards.
     """
-    small = parameter.detach().index_select(dim, index).contiguous()
-    gradient = parameter.grad
     other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
     parameter.grad = None
     parameter.data = torch.empty(0, dtype=other, device=parameter.device)
-    parameter.data = small
-    if gradient is not None:
-        parameter.grad = gradient.index_select(dim, index).contiguous()
+    parameter.data = data

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from adalora.core.initialization import balance
 from adalora.core.orthogonality import relative_error
+from adalora.lora.optimizer_state import turn_state
 from adalora.lora.triplets import TripletHandle
 
 
@@ -90,22 +91,11 @@ def hand_over(handle: TripletHandle, optimizer: Optimizer | None) -> None:
     if not bool(P_or.isfinite().all() and Q_ri.isfinite().all()):
         return  # training has diverged: there is nothing to preserve, and no SVD
     result = balance(handle.P_or, handle.Q_ri, row_norm=handle.row_norm)
-    state = optimizer.state if optimizer is not None else {}
-    P, Q = handle.P_parameter, handle.Q_parameter
-    for key, moment in state.get(P, {}).items():
-        if isinstance(moment, Tensor) and moment.shape == P.shape:
-            _transform_(handle.as_P(moment).T, result.to_Q, squared="sq" in key)
-    for key, moment in state.get(Q, {}).items():
-        if isinstance(moment, Tensor) and moment.shape == Q.shape:
-            _transform_(handle.as_Q(moment), result.to_P.T, squared="sq" in key)
+    if optimizer is not None:
+        turn_state(optimizer, handle.P_parameter, handle.P_dim, gradient=result.to_Q, weight=result.to_P.T)
+        turn_state(optimizer, handle.Q_parameter, handle.Q_dim, gradient=result.to_P.T, weight=result.to_Q)
     handle.P_or.copy_(result.P_or)
     handle.Q_ri.copy_(result.Q_ri)
-
-
-def _transform_(moment_rd: Tensor, matrix: Tensor, *, squared: bool) -> None:
-    """Moment <- matrix @ moment, in place, with squared entries for second moments."""
-    matrix = matrix.to(moment_rd.device, torch.float32)
-    moment_rd.copy_((matrix.square() if squared else matrix) @ moment_rd.float())
 
 
 def orthogonality_error(handles: Sequence[TripletHandle]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -60,6 +60,48 @@ class Scorer:
     def reset(self) -> None:
         """Forget the averages and free their memory."""
         self._left, self._right = {}, {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages of every layer, by module name, and the state of the random scores."""
+        state = {"random": self._random.get_state()}
+        for name, average, row in self._rows():
+            state[f"{name}.sensitivity"] = average.sensitivity[row].clone()
+            state[f"{name}.uncertainty"] = average.uncertainty[row].clone()
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` gave, for layers of the same ranks; missing averages start anew."""
+        self.reset()
+        self._random.set_state(state["random"])
+        if len(state) == 1:
+            return
+        self._build()
+        for name, average, row in self._rows():
+            average.sensitivity[row].copy_(state[f"{name}.sensitivity"])
+            average.uncertainty[row].copy_(state[f"{name}.uncertainty"])
+
+    def cut(self) -> dict[str, Tensor]:
+        """`state_dict` without the masked triplets: for after they are removed."""
+        masks = {h.name: h.mask for h in self.handles}
+        state = {"random": self._random.get_state()}
+        for name, value in self.state_dict().items():
+            if name == "random":
+                continue
+            module, factor, _ = name.rsplit(".", 2)
+            index = masks[module].nonzero().squeeze(1).to(value.device)
+            if len(index):
+                state[name] = value.index_select(value.dim() - 1 if factor == "P" else 0, index)
+        return state
+
+    def _rows(self) -> Iterator[tuple[str, SmoothedImportance, int]]:
+        """Every layer's averages: module name with "P", "lambda" or "Q", the stack and the row in it."""
+        for left in self._left.values():
+            for row, number in enumerate(left.members):
+                yield f"{self.handles[number].name}.P", left.factors, row
+                yield f"{self.handles[number].name}.lambda", left.weights, row
+        for right in self._right.values():
+            for row, number in enumerate(right.members):
+                yield f"{self.handles[number].name}.Q", right.factors, row
 
     @torch.no_grad()
     def observe(self) -> None:

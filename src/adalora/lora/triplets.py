@@ -31,6 +31,8 @@ class TripletHandle:
         adapter: Adapter name.
         mask: Which triplets are live, [r], bool, on the CPU.
         row_norm: ρ, root mean square length of Q's rows when the layer was attached.
+        parked: Once the last triplet is gone: what the layer held for the adapter, by attribute, at rank 0. A
+            checkpoint from before may bring it back.
     """
 
     name: str
@@ -38,21 +40,23 @@ class TripletHandle:
     adapter: str
     mask: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     row_norm: float = 0.0
+    parked: dict[str, Any] = field(default_factory=dict)
     _counted: tuple[Tensor | None, int, int] = field(default=(None, 0, 0), repr=False)
 
     def __post_init__(self) -> None:
         self.mask = torch.ones(self.rank, dtype=torch.bool)
+        self.d_out, self.d_in = self.P_or.shape[0], self.Q_ri.shape[1]
         self.row_norm = float(self.Q_ri.float().square().sum(dim=1).mean().sqrt())
 
     @property
     def is_embedding(self) -> bool:
         """Embedding layers keep their factors transposed and as bare parameters."""
-        return self.adapter in self.layer.lora_embedding_A
+        return self.adapter in self.layer.lora_embedding_A or "lora_embedding_A" in self.parked
 
     @property
     def removed(self) -> bool:
         """The adapter was taken off this layer: its last triplet has been pruned and compacted."""
-        return not self.is_embedding and self.adapter not in self.layer.lora_A
+        return self.adapter not in self.layer.lora_A and self.adapter not in self.layer.lora_embedding_A
 
     @property
     def P_parameter(self) -> nn.Parameter:
@@ -67,6 +71,18 @@ class TripletHandle:
         if self.is_embedding:
             return cast(nn.Parameter, self.layer.lora_embedding_B[self.adapter])
         return cast(nn.Parameter, self.layer.lora_A[self.adapter].weight)
+
+    @property
+    def factors(self) -> dict[str, tuple[nn.Parameter, int]]:
+        """Every parameter of the layer's triplets, with its dimension that counts triplets."""
+        if self.removed:
+            return {}
+        return {"P": (self.P_parameter, self.P_dim), "Q": (self.Q_parameter, self.Q_dim)}
+
+    @property
+    def Q_keys(self) -> tuple[str, str]:
+        """What Q may be called in the layer's state dict."""
+        return f"lora_A.{self.adapter}.weight", f"lora_embedding_B.{self.adapter}"
 
     @property
     def P_dim(self) -> int:
@@ -118,15 +134,15 @@ class TripletHandle:
     @property
     def parameters_per_triplet(self) -> int:
         """d_out + d_in: what one triplet costs in the saved adapter."""
-        return self.P_or.shape[0] + self.Q_ri.shape[1]
+        return self.d_out + self.d_in
 
     def describe(self) -> dict[str, Any]:
         """The module's line in the history."""
         return {
             "name": self.name,
             "kind": type(self.layer.get_base_layer()).__name__,
-            "d_out": self.P_or.shape[0],
-            "d_in": self.Q_ri.shape[1],
+            "d_out": self.d_out,
+            "d_in": self.d_in,
             "rank": self.rank,
             "parameters_per_triplet": self.parameters_per_triplet,
         }

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
+from torch import Tensor
 
 from adalora.lora.triplets import TripletHandle
+
+
+def _is_plain(weight: object) -> TypeGuard[Tensor]:
+    """A float tensor that can be read as it is: not quantised, by whatever library, and not offloaded."""
+    if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
+        return False
+    return type(weight.data) is Tensor
 
 
 @torch.no_grad()
@@ -21,7 +30,7 @@ def update_ratio(handles: Sequence[TripletHandle]) -> float | None:
     ratios = []
     for h in handles:
         weight = getattr(h.layer.get_base_layer(), "weight", None)
-        if h.rank == 0 or weight is None or not weight.is_floating_point() or weight.is_meta:
+        if h.rank == 0 or not _is_plain(weight):
             continue
         base = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32))
         P, Q = h.P_or.float(), h.Q_ri.float()

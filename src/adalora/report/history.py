@@ -85,6 +85,13 @@ class History:
             listener(record)
         return record
 
+    def restore(self, records: list[Record]) -> None:
+        """Go on from the records of an interrupted run: they replace those held, in the file too."""
+        self.records = [dict(record) for record in records]
+        self._started = time.monotonic() - max((r.get("seconds") or 0.0 for r in records), default=0.0)
+        if self.path is not None:
+            self.write_to(self.path)
+
     @property
     def seconds(self) -> float:
         """Wall-clock seconds since this history was made."""

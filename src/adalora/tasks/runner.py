@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from rich.console import Console
 from transformers import Trainer, set_seed
 
+from adalora.errors import RecipeError, TrainingError
 from adalora.integrations.trainer import AdaLoraCallback
+from adalora.lora.checkpoint import latest_checkpoint
 from adalora.report.history import History
 from adalora.report.html import build_report
 from adalora.tasks.base import make_task
@@ -60,14 +63,18 @@ class RunResult:
         return written(self.folder)
 
 
-def run_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console | None = None) -> RunResult:
+def run_recipe(
+    recipe: Recipe, *, overwrite: bool = False, resume: bool = False, console: Console | None = None
+) -> RunResult:
     """Train, evaluate and write everything to the recipe's output folder.
 
     Under a launcher (torchrun, accelerate) every process calls it; the first one writes.
 
     Raises:
-        RecipeError: The folder holds a run already and `overwrite` is not set.
+        RecipeError: The folder holds a run already and `overwrite` is not set, or nothing that `resume` could go on
+            from.
         DataError: The data cannot be read.
+        TrainingError: Training has diverged, or memory is exhausted.
     """
     from accelerate import PartialState
 
@@ -75,7 +82,8 @@ def run_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console | No
     datasets.disable_progress_bars()  # ours is the only bar
     started = time.monotonic()
     first = PartialState().is_main_process
-    folder = prepare_folder(recipe.folder, overwrite=overwrite) if first else recipe.folder
+    checkpoint = _interrupted(recipe.folder) if resume else None
+    folder = prepare_folder(recipe.folder, overwrite=overwrite) if first and not resume else recipe.folder
     splits = load_splits(recipe)
     set_seed(recipe.training.seed)
     task = make_task(recipe, splits)
@@ -85,11 +93,12 @@ def run_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console | No
     adaptive = None
     if recipe.adalora is not None:
         adaptive = AdaLoraCallback(recipe.adalora, history=history, thresholds=recipe.diagnostics)
+        adaptive.resume_hint = f"adalora train {folder / RECIPE} --resume"
     trainer = make_trainer(recipe, task, model=model, processor=processor, splits=splits)
     if first:
         write_text(folder / RECIPE, dump_recipe(recipe))
     before = trainable(model)
-    _train(trainer, adaptive, console)
+    _train(trainer, adaptive, console, checkpoint=checkpoint)
     split, rows = splits.measured
     scores = task.evaluate(trainer, rows, processor)
     metrics = {
@@ -117,12 +126,34 @@ def run_recipe(recipe: Recipe, *, overwrite: bool = False, console: Console | No
     return RunResult(folder, metrics, trainer)
 
 
-def _train(trainer: Trainer, adaptive: AdaLoraCallback | None, console: Console) -> None:
+def _interrupted(folder: Path) -> str:
+    """The newest whole checkpoint of a run that was stopped."""
+    checkpoint = latest_checkpoint(folder / WORK)
+    if checkpoint is None:
+        raise RecipeError(
+            f"output={str(folder)!r} has no checkpoint to go on from: train without --resume (a run writes one at "
+            "Ctrl-C, and with training.keep_best at each evaluation)"
+        )
+    return checkpoint
+
+
+def _train(
+    trainer: Trainer, adaptive: AdaLoraCallback | None, console: Console, *, checkpoint: str | None = None
+) -> None:
     bar = ProgressBar(console, adaptive)
     for callback in (adaptive, bar):
         if callback is not None:
             trainer.add_callback(callback)
+    if adaptive is not None:  # before a checkpoint is loaded
+        adaptive.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except torch.OutOfMemoryError as error:
+        size, parts = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
+        raise TrainingError(
+            f"out of memory: halve the batch and keep its sum, --set training.batch_size={max(1, size // 2)} "
+            f"--set training.gradient_accumulation={2 * parts}; or --set training.gradient_checkpointing=true, a "
+            "shorter training.max_length, a smaller LoraConfig r, or model.quantization=4bit"
+        ) from error
     finally:
         bar.close()

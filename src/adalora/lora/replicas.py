@@ -1,0 +1,78 @@
+"""Several processes that train copies of one model (DDP): they have to make the same decisions."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from adalora.errors import CompactionError
+from adalora.lora.triplets import TripletHandle
+
+
+def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
+    """The DDP wrappers around a model, or around something that holds it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    wrappers = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
+    return [w for w in wrappers if any(module is model for module in w.modules())]
+
+
+class Replicas:
+    """The group of processes that a model is replicated over; a group of one where it is not.
+
+    Data parallel gradients are equal, so the processes would decide alike without a word; but a step under `no_sync`,
+    or processors of two kinds, would let them part silently. So rank 0 decides.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.wrappers = wrappers_of(model)
+        self.group: Any = self.wrappers[0].process_group if self.wrappers else None
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one process."""
+        return self.group is not None and dist.get_world_size(self.group) > 1
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """Rank 0's values, on every process; in place where the device allows."""
+        if not self.several:
+            return tensor
+        device = next(self.wrappers[0].parameters()).device
+        moved = tensor.to(device)
+        dist.broadcast(moved, dist.get_global_rank(self.group, 0), group=self.group)
+        if moved is not tensor:
+            tensor.copy_(moved)
+        return tensor
+
+    @torch.no_grad()
+    def share_layers(self, handles: Sequence[TripletHandle], optimizer: Optimizer | None) -> None:
+        """Rank 0's factors and moments: after a decomposition, whose signs and last bits hang on the processor."""
+        if not self.several:
+            return
+        for h in handles:
+            for parameter, _ in h.factors.values():
+                self.share(parameter.data)
+                state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+                for value in state.values():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        self.share(value)
+
+    def retire_wrappers(self) -> None:
+        """Let wrappers whose buckets no longer fit refuse to train, instead of letting processes part silently."""
+
+        def refuse(module: nn.Module, inputs: Any) -> None:
+            if torch.is_grad_enabled():
+                raise CompactionError(
+                    "the model has become smaller since this DistributedDataParallel was made; wrap it again: "
+                    "model = DistributedDataParallel(model.module)"
+                )
+
+        for wrapper in self.wrappers:
+            wrapper.register_forward_pre_hook(refuse)

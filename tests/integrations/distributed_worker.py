@@ -1,0 +1,160 @@
+"""What each of two processes runs, started by torchrun; rank 0 writes the results.
+
+Usage: torchrun --nproc_per_node 2 distributed_worker.py CASE FOLDER
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from test_resume_loops import adamw, attach, lora
+from test_resume_trainer import Tokens, bert
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import adalora
+from adalora.errors import CompactionError
+
+STEPS = 30
+
+
+def gathered(value):
+    """The value of every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def checksum(model):
+    return [float(p.detach().double().sum()) for n, p in model.named_parameters() if "lora_" in n]
+
+
+def step(model, optimizer, number):
+    """Every rank has data of its own."""
+    generator = torch.Generator().manual_seed(1000 * dist.get_rank() + number)
+    x, y = torch.randn(8, 8, generator=generator), torch.randn(8, 4, generator=generator)
+    (model(x) - y).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def raw(folder, *, careless):
+    """Plain DDP; careless: gradients of some steps are not averaged, so that scores differ between ranks."""
+    model = lora()
+    controller = attach(model)
+    wrapped = DistributedDataParallel(model)
+    optimizer = adamw(model)
+    for number in range(STEPS):
+        if careless and controller.phase == "decrease" and number % 2:
+            with wrapped.no_sync():
+                step(wrapped, optimizer, number)
+        else:
+            step(wrapped, optimizer, number)
+        assert len({tuple(r.values()) for r in gathered(controller.ranks)}) == 1, number
+    in_memory = sum(h.rank for h in controller.handles)
+    same_before = gathered(checksum(model))
+    controller.finalize()
+    refused = ""
+    try:
+        step(wrapped, optimizer, 0)
+    except CompactionError as error:
+        refused = str(error)
+    with torch.no_grad():
+        wrapped(torch.randn(2, 8))
+    again = DistributedDataParallel(model)
+    for number in range(3):
+        step(again, optimizer, 50 + number)
+    return {
+        "in_memory": in_memory,
+        "initial": controller.initial_budget,
+        "after": sum(h.rank for h in controller.handles),
+        "target": controller.target_budget,
+        "same_before": same_before,
+        "same_after": gathered(checksum(model)),
+        "ranks": gathered(controller.ranks),
+        "refused": refused,
+    }
+
+
+class Count(TrainerCallback):
+    """Controller steps beside the trainer's."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        (controller,) = adalora.controllers(kwargs["model"]).values()
+        self.steps.append([state.global_step, controller.step])
+
+
+def through_trainer(folder):
+    """The Trainer wraps by itself; resumed in the middle it ends in the same weights."""
+
+    def make(name):
+        torch.manual_seed(3)
+        config = LoraConfig(r=6, lora_alpha=12, task_type="SEQ_CLS", target_modules=r".*encoder.*\.(query|dense)")
+        callback, count = adalora.AdaLoraCallback(target_rank=1, allocation_interval=2), Count()
+        trainer = Trainer(
+            model=get_peft_model(bert(), config),
+            args=TrainingArguments(
+                output_dir=f"{folder}/{name}",
+                max_steps=16,
+                save_steps=4,
+                per_device_train_batch_size=4,
+                gradient_accumulation_steps=2,
+                learning_rate=5e-3,
+                report_to=[],
+                use_cpu=True,
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+                logging_steps=4,
+                ddp_find_unused_parameters=False,
+            ),
+            train_dataset=Tokens(64),
+            callbacks=[callback, count],
+        )
+        return trainer, callback, count
+
+    trainer, callback, count = make("whole")
+    trainer.train()
+    whole = checksum(trainer.model)
+    whole_ranks = callback.controller.ranks
+    resumed, again, _ = make("resumed")
+    dist.barrier()
+    resumed.train(resume_from_checkpoint=f"{folder}/whole/checkpoint-8")
+    return {
+        "world": trainer.args.world_size,
+        "steps": count.steps,
+        "ranks": gathered(whole_ranks),
+        "same": gathered(whole),
+        "resumed": checksum(resumed.model),
+        "resumed_ranks": again.controller.ranks,
+        "target": callback.controller.target_budget,
+        "live": callback.controller.live,
+        "in_memory": sum(h.rank for h in callback.controller.handles),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+def main():
+    warnings.simplefilter("ignore")
+    case, folder = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    cases = {
+        "raw": lambda: raw(folder, careless=False),
+        "careless": lambda: raw(folder, careless=True),
+        "trainer": lambda: through_trainer(folder),
+    }
+    result = cases[case]()
+    if dist.get_rank() == 0:
+        (folder / f"{case}.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+main()

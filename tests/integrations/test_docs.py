@@ -1,0 +1,41 @@
+"""Every block of docs/training.md runs, section by section."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume_trainer import Tokens, bert
+
+TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+SECTIONS = {
+    title: re.findall(r"```python\n(.*?)```", body, re.DOTALL)
+    for title, body in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
+}
+
+
+@pytest.mark.parametrize("title", [title for title, blocks in SECTIONS.items() if blocks])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
+def test_blocks_of(title, tmp_path):
+    if title == "Lightning":
+        pytest.importorskip("lightning")
+    inputs = torch.randint(0, 100, (4, 10))
+    names = {
+        "base": bert(),
+        "fresh_base": bert,
+        "dataset": Tokens(64),
+        "batches": [{"input_ids": inputs, "labels": (inputs[:, 0] > 50).long()}] * 20,
+        "folder": str(tmp_path),
+    }
+    for block in SECTIONS[title]:
+        exec(compile(block, f"docs/training.md: {title}", "exec"), names)
+    controller = names.get("controller")
+    if title in ("Your own loop", "Accelerate"):
+        assert controller.finished
+        assert controller.live == controller.target_budget
+    if title == "Hugging Face Trainer":
+        assert (tmp_path / "out" / "checkpoint-20" / "adalora_state.json").is_file()
+
+
+def test_there_are_blocks():
+    assert len([1 for blocks in SECTIONS.values() if blocks]) >= 5

@@ -1,0 +1,300 @@
+"""The training environments, each by running it: one hook call per real step, the task's loss, a true saved adapter."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_resume_trainer import Tokens, bert, lora, make
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+
+import adalora
+
+
+def assert_saved_equals_live(model, base, inputs, folder):
+    """Plain PEFT on a pristine base computes what the live model does."""
+    model.save_pretrained(folder)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+    model.eval()
+    with torch.no_grad():
+        assert (loaded(**inputs).logits - model(**inputs).logits).abs().max() < 1e-4
+
+
+class Summed(Trainer):
+    """A custom loss with nothing of the model's own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = nn.functional.multi_margin_loss(outputs.logits, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+VARIANTS = {
+    "clipping": {"max_grad_norm": 0.01},
+    "label_smoothing": {"label_smoothing_factor": 0.1},
+    "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "checkpointing_reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "accumulation": {"gradient_accumulation_steps": 4},
+    "bf16": {"bf16": True},
+    "adafactor": {"optim": "adafactor"},
+}
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "custom_loss", "compute_loss_func"])
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore:.*use_reentrant.*:UserWarning", "ignore:None of the inputs"
+)
+def test_trainer_variants(tmp_path, name):
+    """Steps counted once; evaluation's loss is that of the model without any regulariser."""
+    trainer, controller = make(tmp_path / "out", save_strategy="no", logging_steps=4, **VARIANTS.get(name, {}))
+    if name == "custom_loss":
+        trainer.__class__ = Summed
+    if name == "compute_loss_func":
+        trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: nn.functional.cross_entropy(
+            outputs.logits, labels
+        )
+    trainer.train()
+    assert controller.step == trainer.state.global_step == 24
+    assert controller.live == sum(h.rank for h in controller.handles) == controller.target_budget
+    assert controller.history.last("allocation")["skipped_steps"] == 0
+    if name in ("clipping", "adafactor", "accumulation"):
+        rows = Tokens(16)
+        trainer.model.eval()
+        with torch.no_grad():
+            logits = trainer.model(input_ids=rows.inputs).logits
+        wanted = nn.functional.cross_entropy(logits, (rows.inputs[:, 0] > 50).long())
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(float(wanted), abs=1e-5)
+
+
+def llama(width=32):
+    """A tiny random Llama."""
+    torch.manual_seed(4)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+
+
+def tokenizer():
+    """Words w0 … w59."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60))])}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def sentence(start):
+    return " ".join(f"w{(start + 7 * i) % 60}" for i in range(12))
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.filterwarnings("ignore")
+def test_trl(tmp_path, kind):
+    """`peft_config=LoraConfig(…)` and our callback; TRL makes the PEFT model itself."""
+    trl = pytest.importorskip("trl")
+    import datasets
+
+    callback = adalora.AdaLoraCallback(target_rank=2, allocation_interval=1)
+    common = {
+        "output_dir": str(tmp_path / "out"), "max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 5e-3,
+        "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 4,
+        "gradient_accumulation_steps": 2, "dataloader_pin_memory": False, "bf16": False,
+    }  # fmt: skip
+    if kind == "sft":
+        data = datasets.Dataset.from_dict({"text": [sentence(i) for i in range(32)]})
+        arguments, trainer_type = trl.SFTConfig(max_length=32, **common), trl.SFTTrainer
+    else:
+        columns = {
+            "prompt": [sentence(i) for i in range(32)],
+            "chosen": [sentence(i + 1) for i in range(32)],
+            "rejected": [sentence(i + 2) for i in range(32)],
+        }
+        data = datasets.Dataset.from_dict(columns)
+        arguments, trainer_type = trl.DPOConfig(max_length=64, **common), trl.DPOTrainer
+    base = llama()
+    trainer = trainer_type(
+        model=copy.deepcopy(base),
+        args=arguments,
+        train_dataset=data,
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[callback],
+    )
+    trainer.train()
+    controller = callback.controller
+    assert controller.step == trainer.state.global_step == 12
+    assert controller.live == sum(h.rank for h in controller.handles) == controller.target_budget
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    inputs = {"input_ids": torch.randint(4, 64, (2, 10))}
+    assert_saved_equals_live(model, base, inputs, tmp_path / "adapter")
+
+
+def lightning_module(lightning, *, manual):
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = lora()
+            self.automatic_optimization = not manual
+
+        def training_step(self, batch, index):
+            # Data and dropout hang on the step alone: Lightning does not find its place within an epoch again.
+            torch.manual_seed(self.global_step)
+            inputs = torch.randint(0, 100, (4, 10))
+            loss = self.model(input_ids=inputs, labels=(inputs[:, 0] > 50).long()).loss
+            if manual:
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=5e-3)
+
+    return Module()
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("moment", [4, 12])
+@pytest.mark.filterwarnings("ignore")
+def test_lightning(tmp_path, manual, moment):
+    """Automatic and manual optimisation, resumed before and after compaction, bit for bit."""
+    lightning = pytest.importorskip("lightning").pytorch
+    from adalora.integrations.lightning import AdaLoraLightning
+
+    def fit(steps, path=None, name="whole"):
+        lightning.seed_everything(1, verbose=False)
+        callback = AdaLoraLightning(target_rank=2, allocation_interval=1, warmup=2, final=6)
+        trainer = lightning.Trainer(
+            max_steps=16, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            default_root_dir=tmp_path / name, callbacks=[callback, Save()],
+        )  # fmt: skip
+        module = lightning_module(lightning, manual=manual)
+        loader = torch.utils.data.DataLoader(Tokens(128), batch_size=4)
+        trainer.fit(module, loader, ckpt_path=path)
+        assert trainer.global_step == callback.controller.step == 16
+        return callback.controller, {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
+
+    class Save(lightning.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == moment:
+                trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    whole, weights = fit(16)
+    assert whole.live == sum(h.rank for h in whole.handles) == whole.target_budget
+    again, resumed = fit(16, path=tmp_path / "saved.ckpt", name="resumed")
+    assert again.ranks == whole.ranks
+    assert weights.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in weights.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torch_compile():
+    """Masking does not recompile; the model shrinks and goes on; the result is that of the eager model."""
+
+    def train(compiled):
+        torch.manual_seed(2)
+        model = get_peft_model(bert(), LoraConfig(r=6, lora_alpha=12, target_modules=["query", "value", "dense"]))
+        controller = adalora.attach(model, target_rank=2, total_steps=20, allocation_interval=1)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
+        inputs, losses, counts = Tokens(8).inputs, [], []
+        for _ in range(20):
+            loss = forward(input_ids=inputs, labels=(inputs[:, 0] > 50).long()).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+            counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return controller, losses, counts
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    controller, losses, counts = train(compiled=True)
+    _, eager, _ = train(compiled=False)
+    end = controller.schedule.decrease_end
+    assert controller.allocations > 3
+    assert counts[1] == counts[end]  # masks: no new graph
+    assert controller.live == sum(h.rank for h in controller.handles) == controller.target_budget
+    assert torch.allclose(torch.tensor(losses), torch.tensor(eager), atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.filterwarnings("ignore")
+def test_bitsandbytes_bases(tmp_path, bits):
+    """A base quantised by bitsandbytes."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    llama(width=128).save_pretrained(tmp_path / "base")
+    settings = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+
+    def base():
+        return LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings, device_map="cpu")
+
+    quantised(base, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchao_base(tmp_path):
+    """A base quantised by torchao."""
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def base():
+        model = llama()
+        quantize_(model.model, Int8WeightOnlyConfig())
+        return model
+
+    quantised(base, tmp_path)
+
+
+def quantised(base, folder):
+    """Train on a quantised base; the saved adapter on another copy of it computes the same."""
+    model = get_peft_model(base(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]))
+    controller = adalora.attach(model, target_rank=2, total_steps=16, allocation_interval=1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    tokens = torch.randint(4, 64, (4, 10))
+    losses = []
+    for _ in range(16):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    controller.finalize()
+    assert controller.step == 16
+    assert losses[-1] < losses[0]
+    assert controller.live == sum(h.rank for h in controller.handles) == controller.target_budget
+    model.save_pretrained(folder / "adapter")
+    loaded = PeftModel.from_pretrained(base(), folder / "adapter")
+    layers = dict(loaded.named_modules())
+    # By ΔW: on a CPU, bitsandbytes' 4-bit base itself computes otherwise after a backward pass, without any adapter.
+    for name, module in model.named_modules():
+        if "default" in getattr(module, "lora_A", {}):
+            assert torch.equal(module.get_delta_weight("default"), layers[name].get_delta_weight("default"))
+
+
+def test_deepspeed_is_refused_at_once(tmp_path):
+    """With the reason and what to do instead."""
+    trainer, _ = make(tmp_path)
+    trainer.args.deepspeed = "ds.json"
+    callback = adalora.AdaLoraCallback(target_rank=2)
+    with pytest.raises(adalora.AdaLoraError, match=r"DeepSpeed is not supported: its engine steps .* FSDP2"):
+        callback.on_init_end(trainer.args, trainer.state, trainer.control, model=lora())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert adalora.controllers(trainer.model)

@@ -1,0 +1,285 @@
+"""Raw loops and Accelerate: interrupted and resumed equals uninterrupted, bit for bit; SIGKILL at any moment."""
+
+import copy
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import adalora
+from adalora.integrations.accelerate import register
+from adalora.lora.checkpoint import is_whole, read_state, write_state
+
+STEPS = 30
+# Warm-up ends with step 4, allocations follow from step 7 on, compaction comes with step 16.
+MOMENTS = [2, 4, 6, 7, 10, 16, 17, 25]
+
+
+class Net(nn.Module):
+    """Three layers in a row, with dropout from LoRA."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(8, 12), nn.Linear(12, 10), nn.Linear(10, 4)
+
+    def forward(self, x):
+        return self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def lora():
+    torch.manual_seed(1)
+    config = LoraConfig(r=6, lora_alpha=12, lora_dropout=0.1, target_modules=["first", "second", "third"])
+    return get_peft_model(Net(), config)
+
+
+def attach(model, **settings):
+    return adalora.attach(model, **{"target_rank": 1, "total_steps": STEPS, "allocation_interval": 3, **settings})
+
+
+def one_step(model, optimizer, step, backward=lambda loss: loss.backward()):
+    torch.manual_seed(1000 + step)
+    x, y = torch.randn(16, 8), torch.randn(16, 4)
+    loss = (model(x) - y).square().mean()
+    backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def adamw(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def outcome(model, controller):
+    history = [{k: v for k, v in r.items() if k != "seconds"} for r in controller.history.records]
+    return {k: v.clone() for k, v in model.state_dict().items()}, controller.ranks, history
+
+
+def assert_equal(first, second):
+    assert first[1:] == second[1:]
+    assert first[0].keys() == second[0].keys()
+    assert all(torch.equal(value, second[0][key]) for key, value in first[0].items())
+
+
+def whole_run(**settings):
+    model = lora()
+    controller = attach(model, **settings)
+    optimizer = adamw(model)
+    for step in range(STEPS):
+        one_step(model, optimizer, step)
+    controller.finalize()
+    return outcome(model, controller)
+
+
+IMPORTANCES = ["sensitivity_uncertainty", "random", "magnitude"]
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize("optimizer_first", [False, True])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_raw_loop(tmp_path, moment, optimizer_first, importance):
+    """Through `torch.save`, whichever of controller and optimizer comes first."""
+    if importance != "sensitivity_uncertainty" and moment not in (10, 17):
+        pytest.skip("the moments differ for averages alone")
+    wanted = whole_run(importance=importance)
+    model = lora()
+    controller = attach(model, importance=importance)
+    optimizer = adamw(model)
+    for step in range(moment):
+        one_step(model, optimizer, step)
+    torch.save({"optimizer": optimizer.state_dict(), "adalora": controller.state_dict()}, tmp_path / "state")
+    del model, controller, optimizer
+
+    saved = torch.load(tmp_path / "state", weights_only=True)
+    torch.manual_seed(5)
+    model = lora()
+    controller = attach(model, importance=importance)
+    optimizer = adamw(model) if optimizer_first else None
+    controller.load_state_dict(saved["adalora"])
+    optimizer = optimizer or adamw(model)
+    optimizer.load_state_dict(saved["optimizer"])
+    for step in range(moment, STEPS):
+        one_step(model, optimizer, step)
+    controller.finalize()
+    assert_equal(outcome(model, controller), wanted)
+
+
+@pytest.mark.parametrize("moment", [10, 17])
+def test_a_model_state_dict_brings_its_ranks(moment):
+    """`model.load_state_dict` of a whole model into one built anew, and back into an older state."""
+    model = lora()
+    controller = attach(model)
+    optimizer = adamw(model)
+    states = {}
+    for step in range(STEPS):
+        if step in (3, moment):
+            weights = {k: v.clone() for k, v in model.state_dict().items()}
+            states[step] = weights, copy.deepcopy(optimizer.state_dict()), controller.state_dict()
+        one_step(model, optimizer, step)
+    wanted = {k: v.clone() for k, v in model.state_dict().items()}
+    for weights, _, _ in states.values():
+        fresh = lora()
+        attach(fresh)
+        fresh.load_state_dict(weights)
+        x = torch.randn(4, 8)
+        model.load_state_dict(weights)
+        assert torch.equal(model.eval()(x), fresh.eval()(x))
+    model.train()
+    weights, moments, state = states[3]  # all layers are back
+    controller.load_state_dict(state)
+    optimizer.load_state_dict(moments)
+    for step in range(3, STEPS):
+        one_step(model, optimizer, step)
+    assert all(torch.equal(wanted[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("how", ["register", "register_for_checkpointing"])
+@pytest.mark.parametrize("moment", [4, 10, 17])
+def test_accelerate(tmp_path, moment, how):
+    """`save_state` and `load_state`, either way of telling Accelerate."""
+
+    def begin():
+        model = lora()
+        controller = attach(model)
+        accelerator = Accelerator(cpu=True)
+        prepared, optimizer = accelerator.prepare(model, adamw(model))
+        if how == "register":
+            register(accelerator, controller)
+        else:
+            accelerator.register_for_checkpointing(controller)
+        return accelerator, prepared, optimizer, controller
+
+    wanted = whole_run()
+    accelerator, model, optimizer, controller = begin()
+    for step in range(moment):
+        one_step(model, optimizer, step, accelerator.backward)
+    accelerator.save_state(tmp_path / "state")
+    if how == "register":
+        assert is_whole(tmp_path / "state")
+    accelerator.free_memory()
+    del model, optimizer, controller
+
+    accelerator, model, optimizer, controller = begin()
+    accelerator.load_state(tmp_path / "state")
+    for step in range(moment, STEPS):
+        one_step(model, optimizer, step, accelerator.backward)
+    controller.finalize()
+    assert_equal(outcome(model, controller), wanted)
+
+
+def test_the_state_survives_a_disk(tmp_path):
+    model = lora()
+    controller = attach(model)
+    optimizer = adamw(model)
+    for step in range(12):
+        one_step(model, optimizer, step)
+    state = controller.state_dict()
+    write_state(tmp_path, state)
+    back = read_state(tmp_path)
+    assert back["tensors"].keys() == state["tensors"].keys()
+    assert all(torch.equal(back["tensors"][k], v) for k, v in state["tensors"].items())
+    assert {k: v for k, v in back.items() if k != "tensors"} == {k: v for k, v in state.items() if k != "tensors"}
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["adalora_state.json", "adalora_state.safetensors"]
+
+
+def train_forever(folder):
+    """What the killed process runs: resume from the newest whole checkpoint, save after every step."""
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(1)
+    model = lora()
+    controller = attach(model)
+    last = adalora.latest_checkpoint(folder)
+    if last is not None:
+        controller.load_state_dict(read_state(last))
+    optimizer = adamw(model)
+    if last is not None:
+        optimizer.load_state_dict(torch.load(f"{last}/optimizer.pt", weights_only=True))
+    print("begun", controller.step, flush=True)
+    for step in range(controller.step, STEPS):
+        one_step(model, optimizer, step)
+        print("step", step, flush=True)
+        path = f"{folder}/checkpoint-{controller.step}"
+        os.makedirs(path, exist_ok=True)
+        torch.save(optimizer.state_dict(), f"{path}/optimizer.pt")
+        write_state(path, controller.state_dict())
+    controller.finalize()
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, f"{folder}/final.safetensors")
+    print("done", flush=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_random_moments_it_always_goes_on_from_the_newest_whole_checkpoint(tmp_path):
+    """Twenty and more SIGKILLs into one run, which ends bit for bit like one that was left alone."""
+    server = (
+        "import os, sys; sys.path.insert(0, sys.argv[2]); import test_resume_loops as t\n"
+        "for line in sys.stdin:\n"  # one process image: each line is one life
+        "    pid = os.fork()\n"
+        "    if pid == 0:\n"
+        "        t.train_forever(sys.argv[1]); os._exit(0)\n"
+        "    print('pid', pid, flush=True)\n"
+        "    os.waitpid(pid, 0)\n"
+        "    print('over', flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", server, str(tmp_path), os.path.dirname(__file__)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+    )  # fmt: skip
+    chance = random.Random(0)
+    kills, begun, steps_at = 0, [], []
+
+    def life(kill):
+        nonlocal kills
+        process.stdin.write("\n")
+        process.stdin.flush()
+        pid, finished, left = None, False, chance.randint(1, 3)
+        while True:
+            line = process.stdout.readline().split()
+            assert line, "the process is gone"
+            if line[0] == "pid":
+                pid = int(line[1])
+            elif line[0] == "begun":
+                begun.append(int(line[1]))
+            elif line[0] == "step":
+                left -= 1
+                if kill and left == 0:
+                    time.sleep(chance.uniform(0, 0.01))  # while it saves, or steps
+                    os.kill(pid, signal.SIGKILL)
+                    kills += 1
+            elif line[0] == "done":
+                finished = True
+            elif line[0] == "over":
+                return finished
+
+    try:
+        for _ in range(24):
+            life(kill=True)
+            newest = max((int(f.name.split("-")[1]) for f in tmp_path.glob("checkpoint-*") if is_whole(f)), default=0)
+            if newest >= STEPS - 4:  # too near to the end to be killed again: take some checkpoints away
+                for folder in sorted(tmp_path.glob("checkpoint-*")):
+                    if int(folder.name.split("-")[1]) > 5:
+                        for file in folder.iterdir():
+                            file.unlink()
+                newest = 5
+            steps_at.append(newest)
+        assert life(kill=False)
+    finally:
+        process.stdin.close()
+        process.stdout.close()
+        process.wait(20)
+    assert kills >= 20
+    assert len(set(steps_at)) > 3
+    assert begun[1:] == steps_at
+    from safetensors.torch import load_file
+
+    final = load_file(tmp_path / "final.safetensors")
+    wanted = whole_run()[0]
+    assert all(torch.equal(value, final[key]) for key, value in wanted.items())
