@@ -10,7 +10,7 @@ from adalora.errors import ConfigError
 REFUSED = [
     # Names
     ({"target_rnak": 4}, "AdaLoraConfig has no field 'target_rnak': did you mean 'target_rank'?"),
-    ({"zzz": 1}, "AdaLoraConfig has no field 'zzz': known fields: target_rank, total_rank, min_rank, "),
+    ({"zzz": 1}, "AdaLoraConfig has no field 'zzz': known fields: target_rank, total_rank, total_parameters, "),
     # Budgets
     ({"target_rank": 4, "total_rank": 96}, "give one budget, not target_rank and total_rank: keep target_rank=4.0"),
     ({"target_rank": 0}, "target_rank=0.0 must be above 0"),
@@ -34,8 +34,11 @@ REFUSED = [
     ),
     ({"schedule": 0.0}, "must be above 0; cubic is 3.0"),
     ({"importance": "sensitive"}, "importance='sensitive': Input should be 'sensitivity_uncertainty', 'ratio', "),
-    ({"orthogonality": "loss"}, "orthogonality='loss': Input should be 'decoupled' or 'off'"),
-    ({"scale": "rslora"}, "scale='rslora': Input should be 'target' or 'initial'"),
+    ({"orthogonality": "loss"}, "orthogonality='loss': Input should be 'decoupled', 'squared', 'released' or 'off'"),
+    (
+        {"scale": "rslora"},
+        "scale='rslora': Input should be 'target', 'initial', 'matched' or 'released' or Input ",
+    ),
     # Numbers
     ({"sensitivity_beta": 1.0}, "sensitivity_beta=1.0: Input should be less than 1"),
     ({"sensitivity_beta": 0.0}, "sensitivity_beta=0.0: Input should be greater than 0"),
@@ -46,7 +49,64 @@ REFUSED = [
     ({"revival": 7}, "revival=7: Input should be a valid boolean"),
     ({"compact": None}, "compact=None: Input should be a valid boolean"),
     ({"seed": "x"}, "seed='x': Input should be a valid integer"),
+    # Amounts
+    ({"total_parameters": "many"}, "total_parameters='many': is a number or a text such as \"0.3M\" or 300_000"),
+    ({"total_parameters": "3MB"}, 'is a number or a text such as "0.3M"'),
+    ({"total_parameters": 0}, "total_parameters=0 must be above 0"),
+    ({"total_parameters": True}, "total_parameters=True: is true or false where a number or a name is wanted"),
+    ({"adapter_bytes": "1.2 megabytes"}, 'is a number or a text such as "1.2MB" or 1_200_000'),
+    ({"adapter_bytes": -5}, "adapter_bytes=-5 must be above 0"),
+    (
+        {"total_parameters": "1M", "target_rank": 2},
+        "give one budget, not target_rank and total_parameters: keep target_rank=2.0",
+    ),
+    (
+        {"total_parameters": "1M", "budget_cost": "rank"},
+        'budget_cost="rank" contradicts a budget in parameters or bytes: leave it out',
+    ),
+    ({"budget_cost": "flops"}, "budget_cost='flops': Input should be 'rank' or 'parameters'"),
+    ({"budget_scope": "block"}, "budget_scope='block': Input should be 'global', 'layer' or 'module_type'"),
+    # Parametrizations
+    ({"parametrization": "usv"}, "parametrization='usv': Input should be 'lora' or 'svd'"),
+    ({"parametrization": "svd", "initialization": "zeros"}, "Input should be 'keep', 'orthonormal' or 'gaussian'"),
+    ({"scale": -2.0}, "scale=-2.0: as a number is s in ΔW = s·P·Λ·Q and must be above 0"),
+    ({"score_weights": "between"}, "score_weights='between': Input should be 'after' or 'before'"),
+    ({"score_gradient": "loss"}, "score_gradient='loss': Input should be 'total' or 'task'"),
+    ({"reorthonormalize": 2}, "reorthonormalize=2: Input should be a valid boolean"),
+    ({"released_schedule": "x"}, "released_schedule='x': Input should be a valid boolean"),
+    *[
+        ({name: value}, f'{name}="{value}" needs parametrization="svd": with "lora" λ has no value of its own')
+        for name, value in [
+            ("initialization", "orthonormal"),
+            ("initialization", "gaussian"),
+            ("scale", "matched"),
+            ("scale", "released"),
+            ("importance", "lambda_magnitude"),
+            ("orthogonality", "squared"),
+            ("orthogonality", "released"),
+        ]
+    ],
+    ({"parametrization": "svd", "handover": True}, 'handover=True needs parametrization="lora"'),
+    (
+        {"parametrization": "svd", "scale": "matched", "initialization": "keep"},
+        'scale="matched" has no effect with initialization="keep": use scale="target"',
+    ),
+    ({"nested": True, "reorthonormalize": True}, "nested=True contradicts reorthonormalize=True"),
     # Without effect
+    *[
+        ({"importance": "magnitude", name: value}, f'{name} has no effect with importance="magnitude" (no gradient')
+        for name, value in [
+            ("sensitivity_beta", 0.5),
+            ("uncertainty_beta", 0.5),
+            ("score_weights", "before"),
+            ("score_gradient", "task"),
+        ]
+    ],
+    (
+        {"importance": "sensitivity", "uncertainty_beta": 0.5},
+        'uncertainty_beta has no effect with importance="sensitivity" (no uncertainty in it): leave it out',
+    ),
+    ({"score_gradient": "task"}, 'score_gradient has no effect with orthogonality="decoupled"'),
     (
         {"orthogonality": "off", "orthogonality_weight": 0.5},
         'orthogonality_weight has no effect with orthogonality="off": leave it out',
@@ -59,6 +119,11 @@ REFUSED = [
             ("max_rank", 9),
             ("allocation_interval", 5),
             ("revival", False),
+            ("budget_scope", "layer"),
+            ("budget_cost", "parameters"),
+            ("released_schedule", True),
+            ("reorthonormalize", True),
+            ("handover", False),
         ]
     ],
 ]
@@ -92,6 +157,40 @@ def test_spans_are_fractions_or_whole_steps(value, kept):
     assert type(config.warmup) is type(kept)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "number"),
+    [
+        ("total_parameters", "0.3M", 300_000),
+        ("total_parameters", "12k", 12_000),
+        ("total_parameters", "1.5 G", 1_500_000_000),
+        ("total_parameters", "640", 640),
+        ("adapter_bytes", "1.2MB", 1_200_000),
+        ("adapter_bytes", "1MiB", 1_048_576),
+        ("adapter_bytes", "640B", 640),
+        ("adapter_bytes", "2k", 2_000),
+    ],
+)
+def test_amounts_as_text(name, text, number):
+    config = AdaLoraConfig(**{name: text})
+    assert getattr(config, name) == number
+    assert config.budget_cost == "parameters"
+    assert config.target_rank is None
+
+
+def test_defaults_follow_the_parametrization():
+    assert AdaLoraConfig().initialization == "keep"
+    assert AdaLoraConfig().handover
+    svd = AdaLoraConfig(parametrization="svd")
+    assert (svd.initialization, svd.handover) == ("orthonormal", False)
+
+
+def test_presets_can_be_changed_and_are_checked():
+    assert AdaLoraConfig.released(target_rank=3, compact=True).compact
+    assert AdaLoraConfig.paper().orthogonality == "squared"
+    with pytest.raises(ConfigError, match="did you mean 'target_rank'"):
+        AdaLoraConfig.paper(target_rnk=3)
+
+
 @pytest.mark.parametrize("shape", ["cubic", "linear", "step", "constant", 2.5])
 def test_schedules(shape):
     assert AdaLoraConfig(schedule=shape).schedule == shape
@@ -115,6 +214,10 @@ def test_it_cannot_be_changed():
         {"total_rank": 96, "warmup": 100, "final": 0.5, "schedule": 2.0},
         {"schedule": "constant", "orthogonality": "off", "scale": "initial"},
         {"min_rank": 1, "max_rank": 9, "revival": False, "importance": "random", "seed": 3},
+        {"total_parameters": 300_000, "budget_scope": "layer"},
+        {"parametrization": "svd", "scale": 2.5, "orthogonality": "squared", "score_gradient": "task"},
+        AdaLoraConfig.paper(target_rank=2).to_dict(),
+        AdaLoraConfig.released(target_rank=2, warmup=10).to_dict(),
     ],
 )
 def test_round_trip_through_json(fields):

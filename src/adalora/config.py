@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -14,15 +15,19 @@ Importance: TypeAlias = Literal[
     "ratio",
     "sensitivity",
     "magnitude",
+    "lambda_magnitude",
     "lambda_sensitivity",
     "random",
 ]
 Schedule: TypeAlias = Literal["cubic", "linear", "step", "constant"]
-Orthogonality: TypeAlias = Literal["decoupled", "off"]
+Orthogonality: TypeAlias = Literal["decoupled", "squared", "released", "off"]
 Span: TypeAlias = int | float
 
-BUDGET_FIELDS = ("target_rank", "total_rank")
+BUDGET_FIELDS = ("target_rank", "total_rank", "total_parameters", "adapter_bytes")
 DEFAULT_TARGET_RANK = 8
+SWITCHES = ("handover", "revival", "compact", "reorthonormalize", "released_schedule", "nested")
+GRADIENT_SCORES = ("sensitivity_uncertainty", "ratio", "sensitivity", "lambda_sensitivity")
+AMOUNT = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<prefix>[kKMG]?)(?P<binary>i?)(?P<bytes>B?)")
 
 
 class AdaLoraConfig(BaseModel):
@@ -34,6 +39,13 @@ class AdaLoraConfig(BaseModel):
     Attributes:
         target_rank: Budget as the average rank per module at the end. The budget unless another is given.
         total_rank: Budget as the number of triplets in the whole model.
+        total_parameters: Budget as the number of parameters the adapter trains at the end: `300_000` or `"0.3M"`.
+        adapter_bytes: Budget as the size of the adapter's tensors in a file: `1_200_000`, `"1.2MB"` or `"1MiB"`.
+        budget_cost: What a triplet takes of the budget: `"rank"`, 1 each, as in the paper; `"parameters"`,
+            d_out + d_in (+ 1 with a λ of its own): the choice then has the highest total importance that the budget
+            can buy. Budgets in parameters or bytes always count so.
+        budget_scope: Who competes: all triplets of the model (`"global"`), those of one layer (`"layer"`), or of one
+            kind of module (`"module_type"`). Each group gets its share of the budget.
         min_rank: No module keeps fewer triplets than this.
         max_rank: No module keeps more triplets than this once the budget has reached its target.
         warmup: Span at full rank before the budget shrinks (t_i).
@@ -41,15 +53,29 @@ class AdaLoraConfig(BaseModel):
         allocation_interval: Span between two allocations while the budget shrinks (ΔT).
         schedule: Shape of the decrease (Eq. 14 is `"cubic"`), or an exponent; `"step"` drops at the middle of
             the decrease; `"constant"` never allocates (SVD-LoRA).
-        importance: The triplet score (Eq. 9-13 is `"sensitivity_uncertainty"`).
+        released_schedule: Allocate at steps that ΔT divides, counted from the start of the run, and round b(t) in
+            floating point, as the released code does: one triplet less where Eq. 14 is a whole number.
+        importance: The triplet score (Eq. 9-13 is `"sensitivity_uncertainty"`). `"magnitude"` is |λ|·‖P‖·‖Q‖.
         sensitivity_beta: Smoothing of the sensitivity (β1 of Eq. 10).
         uncertainty_beta: Smoothing of the uncertainty (β2 of Eq. 11).
+        score_gradient: The gradient in the score: what the optimizer got, the orthogonality term included
+            (`"total"`), or the loss's alone (`"task"`).
+        score_weights: The weights in the score: as the optimizer step left them (`"after"`) or found them
+            (`"before"`).
+        parametrization: `"lora"`: LoRA's own two factors, with λ as the length of P's columns; `"svd"`: P, λ and Q
+            are trained as in Eq. 3, with λ a parameter of its own.
+        initialization: How a new adapter starts with `"svd"`: `"orthonormal"` P and Q and λ = 0 (default), both
+            `"gaussian"` with standard deviation 0.02 and λ = 0 (paper), or `"keep"`: LoRA's start, P = 0 and λ = 1.
         handover: At the end of warm-up, up to which the adapter trains exactly as LoRA does, turn every P·Q
-            to its exact singular vectors.
-        scale: α/r with r the target rank (`"target"`: each triplet moves like one of a LoRA of that rank) or the
-            initial rank (`"initial"`: what LoraConfig says). An adapter that is trained already keeps its scale.
+            to its exact singular vectors. `"lora"` only.
+        reorthonormalize: After each allocation turn P·Λ·Q to its exact singular vectors; the averages start anew.
+        scale: s in ΔW = s·P·Λ·Q: α/r with r the target rank (`"target"`: each triplet moves like one of a LoRA of
+            that rank) or the initial rank (`"initial"`: what LoraConfig says); `"matched"`: with `"svd"`, so that
+            Adam's first step moves the weight as far as it does in a LoRA of the target rank; `"released"`:
+            α/(r + 1e-5) with r the initial rank; or a number. An adapter that is trained already keeps its scale.
         orthogonality: `"decoupled"`: R(P, Q) of Eq. 4 acts once per optimizer step, apart from the loss, like
-            decoupled weight decay; `"off"`.
+            decoupled weight decay; `"squared"`: γ·R is part of the objective, as in Eq. 4; `"released"`: γ times the
+            mean of the unsquared norms, as in the released code; `"off"`.
         orthogonality_weight: γ of Eq. 4.
         revival: Pruned triplets may return while the budget shrinks, as in the paper.
         compact: Remove pruned triplets physically when the budget has reached its target.
@@ -57,24 +83,34 @@ class AdaLoraConfig(BaseModel):
             cannot return. None: once, at its end.
         nested: In the final phase, leave out a random tail of the triplets' order at half of the steps, so that the
             adapter can be cut to smaller budgets afterwards. It costs quality at the full budget.
-        seed: Of importance `"random"` and of `nested`.
+        seed: Of importance `"random"`, of the initialization and of `nested`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     target_rank: float | None = None
     total_rank: int | None = None
+    total_parameters: int | None = None
+    adapter_bytes: int | None = None
+    budget_cost: Literal["rank", "parameters"] = "rank"
+    budget_scope: Literal["global", "layer", "module_type"] = "global"
     min_rank: int = Field(default=0, ge=0)
     max_rank: int | None = Field(default=None, ge=1)
     warmup: Span = 0.12
     final: Span = 0.48
     allocation_interval: Span = 0.01
     schedule: Schedule | float = "cubic"
+    released_schedule: bool = False
     importance: Importance = "sensitivity_uncertainty"
     sensitivity_beta: float = Field(default=0.85, gt=0, lt=1)
     uncertainty_beta: float = Field(default=0.85, gt=0, lt=1)
+    score_gradient: Literal["total", "task"] = "total"
+    score_weights: Literal["after", "before"] = "after"
+    parametrization: Literal["lora", "svd"] = "lora"
+    initialization: Literal["keep", "orthonormal", "gaussian"] = "keep"
     handover: bool = True
-    scale: Literal["target", "initial"] = "target"
+    reorthonormalize: bool = False
+    scale: Literal["target", "initial", "matched", "released"] | float = "target"
     orthogonality: Orthogonality = "decoupled"
     orthogonality_weight: float = Field(default=0.1, ge=0)
     revival: bool = True
@@ -95,8 +131,20 @@ class AdaLoraConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name not in ("handover", "revival", "compact", "nested"):
+        if isinstance(value, bool) and info.field_name not in SWITCHES:
             raise ValueError("is true or false where a number or a name is wanted")
+        return value
+
+    @field_validator("total_parameters", "adapter_bytes", mode="before")
+    @classmethod
+    def _amount(cls, value: Any, info: ValidationInfo) -> Any:
+        return _read_amount(value, of_bytes=info.field_name == "adapter_bytes") if isinstance(value, str) else value
+
+    @field_validator("scale")
+    @classmethod
+    def _positive_scale(cls, value: str | float) -> str | float:
+        if not isinstance(value, str) and value <= 0:
+            raise ValueError("as a number is s in ΔW = s·P·Λ·Q and must be above 0")
         return value
 
     @field_validator("warmup", "final", "allocation_interval")
@@ -140,35 +188,125 @@ class AdaLoraConfig(BaseModel):
             raise ValueError(f"max_rank={self.max_rank} is below min_rank={self.min_rank}")
         if isinstance(self.warmup, float) and isinstance(self.final, float) and self.warmup + self.final > 1:
             raise ValueError(f"warmup={self.warmup} and final={self.final} are together more than the run (1.0)")
+        self._fill_in()
         self._refuse_without_effect()
         return self
 
+    def _fill_in(self) -> None:
+        """Defaults that hang on other fields; what was given stays and is checked afterwards."""
+        given = self.model_fields_set
+        if self.parametrization == "svd":
+            if "initialization" not in given:
+                object.__setattr__(self, "initialization", "orthonormal")
+            if "handover" not in given:
+                object.__setattr__(self, "handover", False)
+        if self.total_parameters is not None or self.adapter_bytes is not None:
+            if "budget_cost" in given and self.budget_cost == "rank":
+                raise ValueError('budget_cost="rank" contradicts a budget in parameters or bytes: leave it out')
+            object.__setattr__(self, "budget_cost", "parameters")
+
     def _refuse_without_effect(self) -> None:
         """An option that changes nothing in this combination is a mistake of the user's: say so."""
-        given = self.model_fields_set
         if self.compact_at is not None and not self.compact:
             raise ValueError("compact_at has no effect with compact=False: leave one of them out")
-        if self.orthogonality == "off" and "orthogonality_weight" in given and self.orthogonality_weight:
-            raise ValueError('orthogonality_weight has no effect with orthogonality="off": leave it out')
+        for name, because in self._without_effect():
+            if name in self.model_fields_set:
+                raise ValueError(f"{name} has no effect with {because}: leave it out")
         if self.nested and not self.compact:
             raise ValueError("nested=True needs compact=True: the order is that of the triplets that stay")
+        if self.nested and self.reorthonormalize:
+            raise ValueError("nested=True contradicts reorthonormalize=True: the order is that of the scored triplets")
+        if self.parametrization == "lora":
+            self._refuse_svd_only()
+        elif self.handover:
+            raise ValueError('handover=True needs parametrization="lora": with "svd" P, λ and Q are trained throughout')
+        elif self.scale == "matched" and self.initialization == "keep":
+            raise ValueError('scale="matched" has no effect with initialization="keep": use scale="target"')
+
+    def _without_effect(self) -> list[tuple[str, str]]:
+        """Fields that change nothing here, each with the reason."""
+        found = []
+        if self.orthogonality == "off" and self.orthogonality_weight:
+            found.append(("orthogonality_weight", 'orthogonality="off"'))
         if self.schedule == "constant":
-            for name in (
-                "importance",
-                "min_rank",
-                "max_rank",
-                "allocation_interval",
-                "revival",
-                "nested",
-                "budget_scope",
-                "compact_at",
-            ):
-                if name in given:
-                    raise ValueError(f'{name} has no effect with schedule="constant" (no allocation): leave it out')
+            ranking = ("importance", "min_rank", "max_rank", "allocation_interval", "revival", "budget_scope")
+            more = ("budget_cost", "released_schedule", "reorthonormalize", "handover", "nested", "compact_at")
+            found += [(name, 'schedule="constant" (no allocation)') for name in (*ranking, *more)]
+        if self.importance not in GRADIENT_SCORES or self.schedule == "constant":
+            names = ("sensitivity_beta", "uncertainty_beta", "score_gradient", "score_weights")
+            found += [(name, f'importance="{self.importance}" (no gradient in it)') for name in names]
+        elif self.importance in ("sensitivity", "lambda_sensitivity"):
+            found.append(("uncertainty_beta", f'importance="{self.importance}" (no uncertainty in it)'))
+        if self.orthogonality in ("decoupled", "off"):
+            found.append(("score_gradient", f'orthogonality="{self.orthogonality}" (the gradient has no such term)'))
+        return found
+
+    def _refuse_svd_only(self) -> None:
+        for name, values in (
+            ("initialization", ("orthonormal", "gaussian")),
+            ("scale", ("matched", "released")),
+            ("importance", ("lambda_magnitude",)),
+            ("orthogonality", ("squared", "released")),
+        ):
+            value = getattr(self, name)
+            if value in values:
+                raise ValueError(
+                    f'{name}="{value}" needs parametrization="svd": with "lora" λ has no value of its own, it is the '
+                    "length of P's columns"
+                )
+
+    @classmethod
+    def paper(cls, **fields: Any) -> AdaLoraConfig:
+        """The paper to the letter: Eq. 3-14 with the objective of Eq. 4 and the scores of the step's own weights.
+
+        Args:
+            **fields: Fields to set or to change, e.g. `target_rank=2`.
+        """
+        settings: dict[str, Any] = {
+            "parametrization": "svd",
+            "initialization": "gaussian",
+            "scale": "initial",
+            "orthogonality": "squared",
+            "score_weights": "before",
+            "compact": False,
+        }
+        return cls(**{**settings, **fields})
+
+    @classmethod
+    def released(cls, **fields: Any) -> AdaLoraConfig:
+        """What PEFT's AdaLoRA and the authors' released code compute; `docs/method.md` has the field table.
+
+        Args:
+            **fields: Fields to set or to change, e.g. `target_rank=8, warmup=200, final=1000`.
+        """
+        settings: dict[str, Any] = {
+            "parametrization": "svd",
+            "initialization": "gaussian",
+            "scale": "released",
+            "orthogonality": "released",
+            "orthogonality_weight": 0.5,
+            "warmup": 0,
+            "final": 0,
+            "allocation_interval": 1,
+            "released_schedule": True,
+            "compact": False,
+        }
+        return cls(**{**settings, **fields})
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that were given, JSON-ready; `AdaLoraConfig(**config.to_dict())` equals the original."""
         return self.model_dump(mode="json", exclude_unset=True)
+
+
+def _read_amount(text: str, *, of_bytes: bool) -> int:
+    """`"0.3M"` -> 300000, `"1.2MB"` -> 1200000, `"1MiB"` -> 1048576."""
+    found = AMOUNT.fullmatch(text.strip())
+    if found is None or (not of_bytes and (found["binary"] or found["bytes"])):
+        example = '"1.2MB" or 1_200_000' if of_bytes else '"0.3M" or 300_000'
+        raise ValueError(f"is a number or a text such as {example}")
+    base = 1024 if found["binary"] else 1000
+    factor: int = base ** " KMG".index((found["prefix"] or " ").upper())
+    return round(float(found["number"]) * factor)
 
 
 def _unknown_field(name: str, known: list[str]) -> str:

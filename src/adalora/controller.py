@@ -11,18 +11,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from adalora.config import AdaLoraConfig
-from adalora.core.allocation import allocate
 from adalora.core.schedule import BudgetSchedule, span_to_steps
 from adalora.errors import AdaLoraWarning, AttachError, CompactionError, ConfigError
-from adalora.lora.budget import adapter_size, target_triplets
+from adalora.lora.budget import adapter_size, make_budget
 from adalora.lora.compaction import compact
-from adalora.lora.forward import TripletVariant
 from adalora.lora.masking import zero_pruned
 from adalora.lora.nested import NestedTruncation, refuse_unfit
-from adalora.lora.orthogonal import decoupled_step, hand_over
+from adalora.lora.observation import Observation
+from adalora.lora.optimizers import Optimizers, overflowed
+from adalora.lora.orthogonal import hand_over
+from adalora.lora.parametrization import prepare
+from adalora.lora.reorthonormal import reorthonormalize
 from adalora.lora.replicas import Replicas
 from adalora.lora.scoring import Scorer
-from adalora.lora.triplets import find_triplets, fresh, lora_config, rescale
+from adalora.lora.svd import fold_lambda
+from adalora.lora.triplets import find_triplets, lora_config
 from adalora.recording import Recorder
 from adalora.report.history import History
 from adalora.report.plotting import HistoryPlots
@@ -39,6 +42,9 @@ class RankController(Resumable, HistoryPlots):
         step: Optimizer steps seen, which is the number of the next one, counted from 0.
         history: What was decided, on which scores.
         allocations: How often a budget was dealt out.
+        initial_budget: b0 in the unit of `budget_unit`.
+        target_budget: b_T in the unit of `budget_unit`.
+        budget_unit: "triplets", or "parameters" or "bytes" where the config counts those.
     """
 
     def __init__(
@@ -57,13 +63,16 @@ class RankController(Resumable, HistoryPlots):
         self.allocations = 0
         self.finished = False
         self._model = weakref.ref(model)
-        self._optimizer: weakref.ref[Optimizer] | None = None
+        self._optimizers = Optimizers()
         self._schedule: BudgetSchedule | None = None
         self.handles = find_triplets(model, adapter)
-        self.initial_budget = sum(h.rank for h in self.handles)
-        self.target_budget = target_triplets(config, self.handles)
+        self._budget = make_budget(config, self.handles)
+        self.budget_unit = self._budget.unit
+        self.initial_budget = self._budget.initial
+        self.target_budget = self._budget.target
         self._scorer = Scorer(self.handles, config)
-        self._record = Recorder(history, self.handles)
+        self._observation = Observation(self.handles, config, self._scorer)
+        self._record = Recorder(history, self.handles, self._budget)
         self._written_ranks = [h.rank for h in self.handles]
         self._excluded = lora_config(model, adapter).exclude_modules
         self._nested: NestedTruncation | None = None
@@ -73,13 +82,7 @@ class RankController(Resumable, HistoryPlots):
         if total_steps is not None:
             self.set_total_steps(total_steps)
         # Everything is checked: only now is the model touched.
-        if config.scale == "target" and fresh(self.handles):
-            rslora = bool(self.handles[0].layer.use_rslora.get(adapter))
-            factor = self.initial_budget / self.target_budget
-            rescale(model, self.handles, factor**0.5 if rslora else factor)
-        for h in self.handles:
-            if adapter in h.layer.lora_A and isinstance(h.layer.lora_A[adapter], nn.Linear):
-                h.layer.lora_variant[adapter] = TripletVariant()
+        prepare(model, self.handles, config, shrink=self.initial_budget / self.target_budget)
 
     @property
     def model(self) -> nn.Module:
@@ -100,8 +103,15 @@ class RankController(Resumable, HistoryPlots):
         """Fix the length of the run in optimizer steps; before the first step.
 
         Raises:
-            ConfigError: Not a positive number, or warm-up and final phase do not fit into it.
+            ConfigError: Not a positive number, warm-up and final phase do not fit into it, or training has begun.
         """
+        if self._schedule is not None and self._schedule.total_steps == total_steps:
+            return
+        if self.step > 0:
+            raise ConfigError(
+                f"total_steps={total_steps} comes after {self.step} steps of a run of {self.schedule.total_steps}: "
+                "set it before the first step"
+            )
         if total_steps < 1:
             raise ConfigError(f"total_steps={total_steps} must be at least 1: the number of optimizer steps of the run")
         warmup = span_to_steps(self.config.warmup, total_steps)
@@ -119,6 +129,7 @@ class RankController(Resumable, HistoryPlots):
             total_steps=total_steps,
             interval=max(1, span_to_steps(self.config.allocation_interval, total_steps)),
             shape=self.config.schedule,
+            released=self.config.released_schedule,
         )
         name = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
         self._record.start(self._schedule, config=self.config.to_dict(), model=name)
@@ -130,7 +141,7 @@ class RankController(Resumable, HistoryPlots):
 
     @property
     def budget(self) -> int:
-        """Triplets that the schedule allows now."""
+        """What the schedule allows now, in the unit of `budget_unit`."""
         return self.schedule.budget(self.step)
 
     @property
@@ -145,18 +156,28 @@ class RankController(Resumable, HistoryPlots):
 
     @property
     def optimizer(self) -> Optimizer | None:
-        """The optimizer that was seen to step, once one was."""
-        return self._optimizer() if self._optimizer is not None else None
+        """The optimizer that was seen to step, once one was; a view of them all where there are several."""
+        return self._optimizers.joined
 
     def owns(self, optimizer: Optimizer) -> bool:
         """Whether this optimizer trains the triplets."""
-        if self.optimizer is optimizer:
+        if self._optimizers.knows(optimizer):
             return True
-        mine = {id(p) for h in self.handles if not h.removed for p in (h.P_parameter, h.Q_parameter)}
-        if not any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
-            return False
-        self._optimizer = weakref.ref(optimizer)
-        return True
+        mine = {id(p) for h in self.handles if not h.removed for p, _ in h.factors.values()}
+        return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+
+    @property
+    def _observes(self) -> bool:
+        """Whether this step's gradients go into the scores: from the first step that counts to the last allocation."""
+        phase = self.schedule.phase(self.step)
+        return phase == "decrease" or (phase == "warmup" and not self.config.handover)
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer) -> None:
+        """An optimizer step is about to be made, its gradients are there: add the coupled orthogonality term."""
+        if self.finished or self._model() is None or overflowed(optimizer):
+            return
+        self._observation.before(optimizer, observe=self._observes and not self._optimizers.partner(optimizer))
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
@@ -169,16 +190,13 @@ class RankController(Resumable, HistoryPlots):
                 "adapter out of sharding, fully_shard(…, ignored_params={…}), or train with DDP"
             )
         schedule, step = self.schedule, self.step
-        handover = self.config.handover and step == schedule.warmup_steps - 1 and schedule.shape != "constant"
-        if schedule.phase(step) == "decrease" or (not self.config.handover and step <= schedule.decrease_end):
-            self._scorer.observe()
-        if self.config.orthogonality == "decoupled" and self.config.orthogonality_weight and not self._plain_lora():
-            decoupled_step(
-                [h for h in self.handles if not h.removed],
-                weight=self.config.orthogonality_weight,
-                learning_rate=float(optimizer.param_groups[0]["lr"]),
-            )
-        if handover:
+        if overflowed(optimizer):  # no weight has moved: it is no step of the run
+            self._scorer.skip()
+            return
+        if not self._optimizers.counts(optimizer):
+            return
+        self._observation.after(optimizer, observe=self._observes, regularise=not self._plain_lora())
+        if self.config.handover and step == schedule.warmup_steps - 1 and schedule.shape != "constant":
             self.hand_over()
         if schedule.allocates(step):
             self._allocate(schedule.budget(step))
@@ -209,11 +227,11 @@ class RankController(Resumable, HistoryPlots):
         """Keep the best `budget` triplets, zero the others."""
         scores = Replicas(self.model).share(self._scorer.scores())
         live_before = torch.cat([h.mask for h in self.handles])
-        module = torch.repeat_interleave(torch.tensor([h.rank for h in self.handles]))
         if not self.config.revival:
             scores = torch.where(live_before, scores, -torch.inf)
-        keep = allocate(scores, module, budget=budget, min_rank=self.config.min_rank, max_rank=self.config.max_rank)
-        for h, mask in zip(self.handles, torch.split(keep, [h.rank for h in self.handles])):
+        ranks = [h.rank for h in self.handles]
+        keep = self._budget.deal(scores, ranks, amount=budget)
+        for h, mask in zip(self.handles, torch.split(keep, ranks)):
             h.mask = mask
         self._apply_masks()
         self.allocations += 1
@@ -225,9 +243,14 @@ class RankController(Resumable, HistoryPlots):
             keep=keep,
             skipped=self._scorer.skipped,
         )
+        self._observation.warn_if_skipped()
+        if self.config.reorthonormalize:
+            for h in self.handles:
+                reorthonormalize(h, self.optimizer)
+            self._scorer.reset()
 
     def _apply_masks(self) -> None:
-        """Zero P of the pruned triplets; Q keeps its direction, from which a triplet may grow again."""
+        """λ of the pruned triplets to 0; they keep their directions, from which they may grow again."""
         zero_pruned(self.handles, self.optimizer)
 
     def _enter_final_phase(self) -> None:
@@ -300,8 +323,8 @@ class RankController(Resumable, HistoryPlots):
             if self.step > 0:
                 warnings.warn(
                     f"training ended after {self.step} of {schedule.total_steps} steps, before the budget had reached "
-                    f"its target: {self.live} triplets are cut to {self.target_budget} now, untrained. Give the real "
-                    f"number of steps: adalora.attach(model, total_steps={self.step})",
+                    f"its target: {self.live} triplets are cut to {self._budget.triplets(self.target_budget)} now, "
+                    f"untrained. Give the real number of steps: adalora.attach(model, total_steps={self.step})",
                     AdaLoraWarning,
                     stacklevel=2,
                 )
@@ -312,6 +335,9 @@ class RankController(Resumable, HistoryPlots):
             self._nested.stop()
         if Replicas(self.model).several:
             self.compact()  # put off until now
+        for h in self.handles:
+            if not h.removed:
+                fold_lambda(h)
         self.finished = True
         self._record.finish(self.step, allocations=self.allocations)
 

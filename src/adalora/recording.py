@@ -12,6 +12,7 @@ from torch import Tensor
 from adalora.core.factored_svd import factored_svd
 from adalora.core.schedule import BudgetSchedule
 from adalora.core.statistics import describe_scores
+from adalora.lora.budget import Budget
 from adalora.lora.orthogonal import orthogonality_error
 from adalora.lora.triplets import TripletHandle
 from adalora.lora.update_size import update_ratio
@@ -32,9 +33,10 @@ def versions() -> dict[str, str]:
 class Recorder:
     """Turns a controller's decisions into records; holds no state of the method."""
 
-    def __init__(self, history: History, handles: list[TripletHandle]) -> None:
+    def __init__(self, history: History, handles: list[TripletHandle], budget: Budget) -> None:
         self.history = history
         self.handles = handles
+        self.budget = budget
 
     @property
     def ranks(self) -> list[int]:
@@ -46,7 +48,7 @@ class Recorder:
         return {
             "step": step,
             "phase": schedule.phase(step),
-            "budget": schedule.budget(step),
+            "budget": self.budget.triplets(schedule.budget(step)),
             "live": sum(self.ranks),
         }
 
@@ -66,8 +68,10 @@ class Recorder:
             total_steps=schedule.total_steps,
             warmup_steps=schedule.warmup_steps,
             decrease_end=schedule.decrease_end,
-            initial_budget=schedule.initial_budget,
-            target_budget=schedule.target_budget,
+            initial_budget=sum(h.rank for h in self.handles),
+            target_budget=self.budget.triplets(schedule.target_budget),
+            budget_unit=self.budget.unit,
+            budget_amounts=[schedule.initial_budget, schedule.target_budget],
             modules=[h.describe() for h in self.handles],
         )
 
@@ -159,6 +163,6 @@ def _spectrum(handle: TripletHandle) -> list[float | None]:
     """Singular values of one module's update; unknown where training has diverged."""
     if handle.rank == 0:
         return []
-    if not bool(handle.P_or.isfinite().all() and handle.Q_ri.isfinite().all()):
+    if not bool(handle.left_or.isfinite().all() and handle.Q_ri.isfinite().all()):
         return [None] * handle.rank
-    return list((factored_svd(handle.P_or, handle.Q_ri)[1] * handle.scale).tolist())
+    return list((factored_svd(handle.left_or, handle.Q_ri)[1] * handle.scale).tolist())

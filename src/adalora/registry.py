@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Mapping
-from types import FrameType, MethodType
+from types import FrameType
 from typing import Any, cast
 
 from torch import nn
@@ -28,20 +28,49 @@ _ATTACHED: weakref.WeakKeyDictionary[nn.Module, dict[str, RankController]] = wea
 _RUNNING: weakref.WeakKeyDictionary[Optimizer, FrameType] = weakref.WeakKeyDictionary()
 
 
-def _before_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _before_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     caller = sys._getframe(1)
     outer, frame = _RUNNING.get(optimizer), caller.f_back
     while outer is not None and frame is not None and frame is not outer:
         frame = frame.f_back
-    if outer is None or frame is None:
-        _RUNNING[optimizer] = caller
+    if outer is not None and frame is not None:
+        return None
+    _RUNNING[optimizer] = caller
+    mine = [c for c in _all_controllers() if not c.finished and c.owns(optimizer)]
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if not mine:
+        return None
+    if closure is None:
+        for controller in mine:
+            controller.before_step(optimizer)
+        return None
+    # The gradients come to be inside the closure (Lightning, L-BFGS).
+    wrapped = _Closure(closure, mine, optimizer)
+    return ((args[0], wrapped, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": wrapped})
+
+
+class _Closure:
+    """A closure of the user's, and what has to happen to the gradients once it has run."""
+
+    def __init__(self, closure: Any, controllers: list[RankController], optimizer: Optimizer) -> None:
+        self._closure, self._controllers, self._optimizer = closure, controllers, optimizer
+
+    def __call__(self) -> Any:
+        loss = self._closure()
+        for controller in self._controllers:
+            controller.before_step(self._optimizer)
+        return loss
+
+
+def _all_controllers() -> list[RankController]:
+    return [c for of_model in list(_ATTACHED.values()) for c in of_model.values()]
 
 
 def _on_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if _RUNNING.get(optimizer) is not sys._getframe(1):
         return
     del _RUNNING[optimizer]
-    for controller in [c for of_model in list(_ATTACHED.values()) for c in of_model.values()]:
+    for controller in _all_controllers():
         if not controller.finished and controller.owns(optimizer):
             controller.after_step(optimizer)
 
@@ -65,13 +94,22 @@ def _before_load_state_dict(model: nn.Module, state_dict: Mapping[str, Any], pre
             controller.fit_to(ranks)
 
 
-def _load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-    """PEFT's `load_adapter`: for an attached adapter a checkpoint is verified before anything of it is used."""
-    controller = controllers(self).get(adapter_name)
-    if controller is None:
-        return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
-    with controller.loading(model_id):
-        return type(self).load_adapter(self, model_id, adapter_name, *args, **kwargs)
+class _AdapterLoader:
+    """PEFT's `load_adapter`: for an attached adapter a checkpoint is verified before anything of it is used.
+
+    An object, not a closure or bound method: a deep copy of the model gets one of its own, and it can be pickled.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        load = type(self.model).load_adapter
+        controller = controllers(self.model).get(adapter_name)
+        if controller is None:
+            return load(self.model, model_id, adapter_name, *args, **kwargs)
+        with controller.loading(model_id):
+            return load(self.model, model_id, adapter_name, *args, **kwargs)
 
 
 register_optimizer_step_pre_hook(_before_optimizer_step)
@@ -122,8 +160,7 @@ def attach(
     if model not in _ATTACHED:
         cast(Any, model).register_load_state_dict_pre_hook(_before_load_state_dict)
         if hasattr(model, "load_adapter"):
-            # A bound method, not a closure: a deep copy of the model gets one bound to itself.
-            cast(Any, model).load_adapter = MethodType(_load_adapter, model)
+            cast(Any, model).load_adapter = _AdapterLoader(model)
     _ATTACHED.setdefault(model, {})[adapter] = controller
     return controller
 

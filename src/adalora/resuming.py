@@ -83,6 +83,7 @@ class Resumable:
             "allocations": self.allocations,
             "finished": self.finished,
             "skipped": self._scorer.skipped,
+            "observed": self._scorer.observed,
             "versions": versions(),
             "history": list(self.history.records),
         }
@@ -111,7 +112,7 @@ class Resumable:
             model=self.model,
         )
         self._write_patterns()
-        self._scorer.skipped = state["skipped"]
+        self._scorer.skipped, self._scorer.observed = state["skipped"], state["observed"]
         prefix = "averages."
         self._scorer.load_state_dict(
             {name.removeprefix(prefix): v for name, v in state["tensors"].items() if name.startswith(prefix)}

@@ -93,3 +93,12 @@ def test_any_float_type(dtype):
     scores = torch.tensor([0.25, 4.0, 1.0, torch.inf], dtype=dtype)
     keep = allocate(scores, torch.tensor([0, 0, 1, 1]), budget=2)
     assert keep.tolist() == [False, True, False, True]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.permutations(range(9)), st.integers(0, 9), st.integers(0, 10**6))
+def test_reordering_the_triplets_of_a_module_reorders_the_mask(order, budget, seed):
+    scores = torch.rand(9, generator=torch.Generator().manual_seed(seed))
+    index, module = torch.tensor(order), torch.zeros(9, dtype=torch.int64)
+    keep = allocate(scores, module, budget=budget)
+    assert allocate(scores[index], module, budget=budget).tolist() == keep[index].tolist()

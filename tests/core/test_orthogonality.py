@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from adalora.core.orthogonality import deviation, relative_error, squared_gradient
+from adalora.core.orthogonality import deviation, relative_error, released_gradient, squared_gradient
 
 
 def regularizer(V, squared_norm):
@@ -76,3 +76,15 @@ def test_relative_error_leaves_zero_vectors_out():
     torch.testing.assert_close(relative_error(with_pruned[None]), relative_error(live[None]))
     assert relative_error(torch.zeros(1, 3, 4)).tolist() == [0.0]
     assert relative_error(torch.randn(1, 1, 4)).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("r", [1, 3, 6])
+def test_the_released_gradient_is_autograds(r):
+    V = torch.randn(2, r, 9, dtype=torch.float64, requires_grad=True)
+    eye = torch.eye(r, dtype=torch.float64)
+    torch.linalg.matrix_norm(V @ V.transpose(1, 2) - eye).sum().backward()
+    torch.testing.assert_close(released_gradient(V.detach()), V.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_the_released_gradient_of_orthonormal_vectors_is_zero():
+    assert not bool(released_gradient(torch.eye(3, 5, dtype=torch.float64)[None]).any())

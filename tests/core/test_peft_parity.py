@@ -161,6 +161,7 @@ def test_budgets_are_those_of_peft(b0, bT, tinit, tfinal, total, delta):
         total_steps=total,
         interval=delta,
         shape="cubic",
+        released=True,
     )
     assert [schedule.budget(t) for t in range(total)] == [allocator.budget_schedule(t)[0] for t in range(total)]
 

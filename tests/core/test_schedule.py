@@ -100,3 +100,15 @@ def test_without_a_decrease_the_budget_drops_at_once():
 @pytest.mark.parametrize(("span", "steps"), [(0.12, 120), (0.0, 0), (7, 7), (0, 0), (1.0, 1000), (0.0016, 2)])
 def test_spans(span, steps):
     assert span_to_steps(span, 1000) == steps
+
+
+def test_a_whole_number_is_not_rounded_below():
+    """(1 - 1/5)³·125 is 64; in floating point 64.00000000000001 or 63.99999999999999."""
+    schedule = example(initial_budget=145, target_budget=20, warmup_steps=0, decrease_end=5)
+    assert [schedule.budget(t) for t in range(6)] == [145, 84, 47, 28, 21, 20]
+
+
+def test_the_released_grid_starts_with_the_run():
+    ours, released = example(interval=8), example(interval=8, released=True)
+    assert [t for t in range(60) if ours.allocates(t)] == [18, 26, 34, 42, 50]
+    assert [t for t in range(60) if released.allocates(t)] == [16, 24, 32, 40, 48, 50]

@@ -226,3 +226,15 @@ def test_count_leaves_views_out():
     counter = count(lambda: (x.view(2, 6).T.unbind(), x @ x.T, x.sum().item()))
     assert counter.operations == {"mm": 1, "sum": 1, "_local_scalar_dense": 1}
     assert counter.syncs == {"_local_scalar_dense": 1}
+
+
+def test_masks_zero_lambda_where_it_is_a_parameter():
+    model = lora(2)
+    controller = adalora.attach(model, target_rank=2, total_steps=20, parametrization="svd")
+    handle = controller.handles[1]
+    P = handle.P_or.clone()
+    handle.lambda_parameter.data.fill_(0.5)
+    handle.mask = torch.tensor([True, False, True, False])
+    zero_pruned(controller.handles)
+    assert handle.lambda_parameter.tolist() == [0.5, 0, 0.5, 0]
+    assert torch.equal(handle.P_or, P)

@@ -25,19 +25,35 @@ def allocate(scores: Tensor, module: Tensor, *, budget: int, min_rank: int = 0, 
     Raises:
         ValueError: `min_rank` needs more than the budget.
     """
-    ranking = torch.nan_to_num(scores.double(), nan=-torch.inf, posinf=torch.finfo(torch.float64).max)
-    order = torch.sort(ranking, descending=True, stable=True).indices
-    place = _place_within_module(order, module)
-    floor = place < min_rank
+    ranking = rank_scores(scores)
+    order, floor, free = split_by_rank(ranking, module, min_rank=min_rank, max_rank=max_rank)
     if int(floor.sum()) > budget:
         raise ValueError(f"min_rank={min_rank} needs {int(floor.sum())} triplets, the budget has {budget}")
-    allowed = torch.ones_like(floor) if max_rank is None else place < max_rank
     # Floors first, then the best of the rest; both in order of score.
-    free = (allowed & ~floor)[order]
-    rest = order[free][: budget - int(floor.sum())]
+    rest = order[free[order]][: budget - int(floor.sum())]
     keep = floor.clone()
     keep[rest] = True
     return keep
+
+
+def rank_scores(scores: Tensor) -> Tensor:
+    """Scores that can be sorted: float64, NaN below all others, infinities as the largest and lowest number."""
+    return torch.nan_to_num(scores.double(), nan=-torch.inf)
+
+
+def split_by_rank(
+    ranking: Tensor, module: Tensor, *, min_rank: int, max_rank: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Order of all triplets, best first and stable, and which are kept by a floor or may compete.
+
+    Returns:
+        Indices [n], the floors' triplets [n] bool, and those that compete [n] bool: above the floor, below the cap.
+    """
+    order = torch.sort(ranking, descending=True, stable=True).indices
+    place = _place_within_module(order, module)
+    floor = place < min_rank
+    allowed = torch.ones_like(floor) if max_rank is None else place < max_rank
+    return order, floor, allowed & ~floor
 
 
 def _place_within_module(order: Tensor, module: Tensor) -> Tensor:

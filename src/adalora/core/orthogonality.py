@@ -31,6 +31,17 @@ def squared_gradient(V_krd: Tensor, *, squared_norm: float | None) -> Tensor:
     return gradient.mul_(4)
 
 
+def released_gradient(V_krd: Tensor) -> Tensor:
+    """Gradient of the unsquared norm ‖V Vᵀ - I‖_F, as in the released code: 2 (V Vᵀ - I) V / ‖V Vᵀ - I‖_F, [k, r, d].
+
+    0 where V is exactly orthonormal, as autograd has it.
+    """
+    gap = deviation(V_krd, squared_norm=1.0)
+    norm = torch.linalg.matrix_norm(gap, keepdim=True)
+    gradient: Tensor = (gap / norm.clamp_min(torch.finfo(gap.dtype).tiny)) @ V_krd
+    return gradient.mul_(2)
+
+
 def relative_error(V_krd: Tensor) -> Tensor:
     """How far from orthogonal, 0 to 1: root mean square of the cosines between different vectors, [k]."""
     lengths = V_krd.norm(dim=-1, keepdim=True)

@@ -23,6 +23,8 @@ class BudgetSchedule:
         total_steps: T.
         interval: ΔT, steps between allocations.
         shape: "cubic", "linear", "step", "constant", or the exponent.
+        released: The released code's arithmetic: allocations where ΔT divides the step's number, and b(t) rounded in
+            floating point, one too low where Eq. 14 is a whole number that floating point lands below.
     """
 
     initial_budget: int
@@ -32,6 +34,7 @@ class BudgetSchedule:
     total_steps: int
     interval: int
     shape: str | float
+    released: bool = False
 
     def phase(self, step: int) -> Phase:
         """Phase of optimizer step `step`, counted from 0."""
@@ -45,20 +48,26 @@ class BudgetSchedule:
             return self.initial_budget
         if step >= self.decrease_end:
             return self.target_budget
-        progress = (step - self.warmup_steps) / (self.decrease_end - self.warmup_steps)
+        done, length = step - self.warmup_steps, self.decrease_end - self.warmup_steps
         if self.shape == "step":
-            return self.initial_budget if progress < 0.5 else self.target_budget
+            return self.initial_budget if 2 * done < length else self.target_budget
         power: float = POWERS[self.shape] if isinstance(self.shape, str) else self.shape
-        surplus: float = (self.initial_budget - self.target_budget) * (1 - progress) ** power
-        return self.target_budget + math.floor(surplus)  # floor, as the released code's int()
+        surplus = self.initial_budget - self.target_budget
+        share: float = (1 - done / length) ** power
+        if self.released:
+            return int(surplus * share + self.target_budget)
+        if float(power).is_integer() and power < 64:  # in whole numbers: no rounding below a whole b(t)
+            exponent = int(power)
+            whole: int = surplus * (length - done) ** exponent // length**exponent
+            return self.target_budget + whole
+        return self.target_budget + math.floor(surplus * share)
 
     def allocates(self, step: int) -> bool:
         """Whether an allocation follows optimizer step `step`: every ΔT of the decrease, and its end."""
         if self.shape == "constant" or step < self.warmup_steps or step > self.decrease_end:
             return False
-        return step == self.decrease_end or (
-            step > self.warmup_steps and (step - self.warmup_steps) % self.interval == 0
-        )
+        origin = 0 if self.released else self.warmup_steps
+        return step == self.decrease_end or (step > self.warmup_steps and (step - origin) % self.interval == 0)
 
 
 def span_to_steps(span: int | float, total_steps: int) -> int:

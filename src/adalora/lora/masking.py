@@ -15,19 +15,21 @@ from adalora.lora.triplets import TripletHandle
 
 @torch.no_grad()
 def zero_pruned(handles: Sequence[TripletHandle], optimizer: Optimizer | None = None) -> None:
-    """Zero P of the pruned triplets, whatever it held; Q keeps its direction, from which a triplet may grow again.
+    """Set λ of the pruned triplets to 0, or P's columns where P carries λ, whatever they held.
 
-    Layers without pruned triplets are not touched. Where the optimizer has weights of its own that it goes back to,
-    those are zeroed too.
+    Both keep their other directions, from which a triplet may grow again. Layers without pruned triplets are not
+    touched. Where the optimizer has weights of its own that it goes back to, those are zeroed too.
     """
     groups: dict[tuple[torch.Size, torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for h in handles:
         if h.live_rank < h.rank:
-            for weights in (h.P_parameter.detach(), *weight_copies(optimizer, h.P_parameter)):
-                P_or = h.as_P(weights)
-                groups[P_or.shape, P_or.device, P_or.dtype].append((P_or, h.mask))
+            parameter, dim = h.factors.get("lambda", h.factors["P"])
+            for weights in (parameter.detach(), *weight_copies(optimizer, parameter)):
+                by_triplet = weights.movedim(dim, -1)
+                groups[by_triplet.shape, by_triplet.device, by_triplet.dtype].append((by_triplet, h.mask))
     for group in groups.values():
-        factors, masks = zip(*group)
-        dead = ~torch.stack(masks).unsqueeze(1)
-        kept = torch.stack(factors).masked_fill_(dead.to(factors[0].device, non_blocking=True), 0)
-        torch._foreach_copy_(list(factors), list(kept.unbind()))
+        tensors, masks = zip(*group)
+        stack = torch.stack(tensors)
+        dead = ~torch.stack(masks).view(len(masks), *(1 for _ in stack.shape[2:]), -1)
+        stack.masked_fill_(dead.to(stack.device, non_blocking=True), 0)
+        torch._foreach_copy_(list(tensors), list(stack.unbind()))

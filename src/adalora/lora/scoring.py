@@ -29,6 +29,7 @@ class Scorer:
         self.handles = list(handles)
         self.config = config
         self._skipped: list[int | Tensor] = []
+        self.observed = 0
         self._left: dict[tuple[int, ...], _Left] = {}
         self._right: dict[tuple[int, ...], _Right] = {}
         self._random = torch.Generator().manual_seed(config.seed)
@@ -60,6 +61,11 @@ class Scorer:
     def reset(self) -> None:
         """Forget the averages and free their memory."""
         self._left, self._right = {}, {}
+
+    def skip(self) -> None:
+        """Count a step that moved no weight."""
+        self.observed += 1
+        self._skip(1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages of every layer, by module name, and the state of the random scores."""
@@ -104,11 +110,19 @@ class Scorer:
                 yield f"{self.handles[number].name}.Q", right.factors, row
 
     @torch.no_grad()
-    def observe(self) -> None:
-        """Take one optimizer step's weights and gradients into the averages."""
+    def observe(self, *, loss_scale: float = 1.0) -> None:
+        """Take one optimizer step's weights and gradients into the averages.
+
+        A step with infinite or NaN gradients, or with none at all, is left out and counted.
+
+        Args:
+            loss_scale: What the gradients are multiplied with: a GradScaler's scale where the optimizer unscales them
+                itself.
+        """
         if not self.needs_averages:
             return
-        gradients = [p.grad for h in self.handles for p in (h.P_parameter, h.Q_parameter) if p.grad is not None]
+        self.observed += 1
+        gradients = [p.grad for h in self.handles if h.rank for p, _ in h.factors.values() if p.grad is not None]
         if not gradients:
             self._skip(1)
             return
@@ -120,9 +134,9 @@ class Scorer:
         devices = {gradient.device for gradient in gradients}
         weights = {device: step_weights(finite.to(device, non_blocking=True), **betas) for device in devices}
         for left in self._left.values():
-            left.observe(weights=weights, **betas)
+            left.observe(weights=weights, unscale=1 / loss_scale, **betas)
         for right in self._right.values():
-            right.observe(weights=weights, **betas)
+            right.observe(weights=weights, unscale=1 / loss_scale, **betas)
 
     def scores(self) -> Tensor:
         """S for every triplet of every layer, layer after layer, [n], on the CPU."""
@@ -130,7 +144,8 @@ class Scorer:
         if kind == "random":
             return torch.rand(sum(h.rank for h in self.handles), generator=self._random)
         if not self.needs_averages:
-            return torch.cat([_magnitude(h) for h in self.handles]).cpu()
+            measure = _absolute_lambda if kind == "lambda_magnitude" else _magnitude
+            return torch.cat([measure(h).cpu() for h in self.handles if h.rank] or [torch.empty(0)])
         if not self._left:
             self._build()
         scores = torch.zeros(sum(h.rank for h in self.handles))
@@ -167,9 +182,16 @@ class Scorer:
 
 
 def _magnitude(h: TripletHandle) -> Tensor:
-    """‖P_i‖·‖Q_i‖·s: the singular value where P and Q are orthogonal, [r]."""
-    lengths: Tensor = h.P_or.float().norm(dim=0) * h.Q_ri.float().norm(dim=1)
+    """|λ_i|·‖P_i‖·‖Q_i‖·s: the singular value where P and Q are orthogonal, [r]."""
+    lengths: Tensor = h.left_or.float().norm(dim=0) * h.Q_ri.float().norm(dim=1)
     return lengths.mul_(h.scale)
+
+
+def _absolute_lambda(h: TripletHandle) -> Tensor:
+    """|λ_i|, [r]."""
+    weights = h.lambda_parameter
+    assert weights is not None  # the config allows it with a λ of its own alone
+    return weights.detach().float().abs()
 
 
 class _Left:
@@ -184,14 +206,16 @@ class _Left:
         self.factors = SmoothedImportance.zeros_like(stack)
         self.weights = SmoothedImportance.zeros_like(stack[:, 0])
 
-    def observe(self, *, beta1: float, beta2: float, weights: StepWeights) -> None:
+    def observe(self, *, beta1: float, beta2: float, unscale: float, weights: StepWeights) -> None:
         present = _present(self.handles, lambda h: h.P_parameter.grad)
         if not present:
             return
         handles = [self.handles[k] for k in present]
         P = torch.stack([h.P_or for h in handles])
         gradient = torch.stack([h.as_P(_gradient(h.P_parameter)) for h in handles])
-        product, totals = left_products(P, gradient)
+        product, totals = left_products(P, _unscaled(gradient, unscale))
+        if handles[0].lambda_parameter is not None:
+            totals = _unscaled(torch.stack([_lambda_product(h) for h in handles]), unscale)
         _update(self.factors, product, present, beta1=beta1, beta2=beta2, weights=weights)
         _update(self.weights, totals, present, beta1=beta1, beta2=beta2, weights=weights)
 
@@ -206,19 +230,33 @@ class _Right:
         self.handles = handles
         self.factors = SmoothedImportance.zeros_like(torch.stack([h.Q_ri for h in handles]))
 
-    def observe(self, *, beta1: float, beta2: float, weights: StepWeights) -> None:
+    def observe(self, *, beta1: float, beta2: float, unscale: float, weights: StepWeights) -> None:
         present = _present(self.handles, lambda h: h.Q_parameter.grad)
         if not present:
             return
         handles = [self.handles[k] for k in present]
         Q = torch.stack([h.Q_ri for h in handles])
         gradient = torch.stack([h.as_Q(_gradient(h.Q_parameter)) for h in handles])
-        _update(self.factors, right_products(Q, gradient), present, beta1=beta1, beta2=beta2, weights=weights)
+        product = right_products(Q, _unscaled(gradient, unscale))
+        _update(self.factors, product, present, beta1=beta1, beta2=beta2, weights=weights)
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
+
+
+def _unscaled(gradient: Tensor, factor: float) -> Tensor:
+    return gradient if factor == 1 else gradient.float() * factor
+
+
+def _lambda_product(h: TripletHandle) -> Tensor:
+    """λ·∂L/∂λ of a layer with a λ of its own, [r], fp32."""
+    weights = h.lambda_parameter
+    assert weights is not None
+    if weights.grad is None:
+        return torch.zeros_like(weights, dtype=torch.float32)
+    return weights.detach().float() * weights.grad.float()
 
 
 def _present(handles: list[TripletHandle], gradient: Callable[[TripletHandle], Tensor | None]) -> list[int]:
@@ -229,16 +267,14 @@ def _present(handles: list[TripletHandle], gradient: Callable[[TripletHandle], T
 def _all_finite(gradients: list[Tensor]) -> Tensor:
     """Whether no gradient has an infinity or NaN, 0-dim bool, on the device of the first; nobody waits for it.
 
-    Norms in fp32: those of fp16 gradients would overflow.
+    Norms are fp32 at least: in float16 they would overflow.
     """
-    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
-        by_device[gradient.device].append(gradient)
+        alike[gradient.device, gradient.dtype].append(gradient)
     flags = [
-        torch.stack(torch._foreach_norm(group, 2, dtype=torch.promote_types(group[0].dtype, torch.float32)))
-        .isfinite()
-        .all()
-        for group in by_device.values()
+        torch.stack(torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))).isfinite().all()
+        for (_, dtype), group in alike.items()
     ]
     if len(flags) == 1:
         return flags[0]

@@ -30,7 +30,7 @@ class TripletHandle:
         layer: PEFT's LoRA layer.
         adapter: Adapter name.
         mask: Which triplets are live, [r], bool, on the CPU.
-        row_norm: ρ, root mean square length of Q's rows when the layer was attached.
+        row_norm: ρ, root mean square length of Q's rows when training started.
         parked: Once the last triplet is gone: what the layer held for the adapter, by attribute, at rank 0. A
             checkpoint from before may bring it back.
     """
@@ -46,6 +46,10 @@ class TripletHandle:
     def __post_init__(self) -> None:
         self.mask = torch.ones(self.rank, dtype=torch.bool)
         self.d_out, self.d_in = self.P_or.shape[0], self.Q_ri.shape[1]
+        self.measure_rows()
+
+    def measure_rows(self) -> None:
+        """Set ρ from Q as it is."""
         self.row_norm = float(self.Q_ri.float().square().sum(dim=1).mean().sqrt())
 
     @property
@@ -73,11 +77,19 @@ class TripletHandle:
         return cast(nn.Parameter, self.layer.lora_A[self.adapter].weight)
 
     @property
+    def lambda_parameter(self) -> nn.Parameter | None:
+        """The parameter behind λ, [r]; None where P carries it."""
+        weights = getattr(self.layer, "lora_lambda", None)
+        return cast(nn.Parameter, weights[self.adapter]) if weights is not None and self.adapter in weights else None
+
+    @property
     def factors(self) -> dict[str, tuple[nn.Parameter, int]]:
-        """Every parameter of the layer's triplets, with its dimension that counts triplets."""
+        """Every parameter of the layer's triplets, with its dimension that counts triplets: "P", "Q" and "lambda"."""
         if self.removed:
             return {}
-        return {"P": (self.P_parameter, self.P_dim), "Q": (self.Q_parameter, self.Q_dim)}
+        found = {"P": (self.P_parameter, self.P_dim), "Q": (self.Q_parameter, self.Q_dim)}
+        weights = self.lambda_parameter
+        return found if weights is None else {**found, "lambda": (weights, 0)}
 
     @property
     def Q_keys(self) -> tuple[str, str]:
@@ -105,12 +117,18 @@ class TripletHandle:
     @property
     def P_or(self) -> Tensor:
         """P, [d_out, r], sharing the parameter's memory, outside the graph."""
-        return self.as_P(self.P_parameter.detach())
+        return self.as_P(_dense(self.P_parameter).detach())
 
     @property
     def Q_ri(self) -> Tensor:
         """Q, [r, d_in], sharing the parameter's memory, outside the graph."""
-        return self.as_Q(self.Q_parameter.detach())
+        return self.as_Q(_dense(self.Q_parameter).detach())
+
+    @property
+    def left_or(self) -> Tensor:
+        """P·diag(λ), [d_out, r]: what a plain LoRA file holds, up to `gain`. A copy where λ is a parameter."""
+        weights = self.lambda_parameter
+        return self.P_or if weights is None else self.P_or * weights.detach()
 
     @property
     def rank(self) -> int:
@@ -129,7 +147,12 @@ class TripletHandle:
     @property
     def scale(self) -> float:
         """S in ΔW = s·P·diag(λ)·Q."""
-        return float(self.layer.scaling[self.adapter])
+        return float(self.layer.scaling[self.adapter]) * self.gain
+
+    @property
+    def gain(self) -> float:
+        """Factor on LoRA's α/r that the layer has beside it; 1 where P carries λ."""
+        return float(getattr(self.layer, "lora_gain", {}).get(self.adapter, 1.0))
 
     @property
     def parameters_per_triplet(self) -> int:
@@ -146,6 +169,13 @@ class TripletHandle:
             "rank": self.rank,
             "parameters_per_triplet": self.parameters_per_triplet,
         }
+
+
+def _dense(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter with its rows in a row: only then are the [d_out, r] views its own memory (channels_last)."""
+    if not parameter.is_contiguous():
+        parameter.data = parameter.data.contiguous()
+    return parameter
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -202,17 +232,33 @@ def _refuse_unsupported(name: str, layer: Any, adapter: str) -> None:
             "target modules instead"
         )
     if getattr(base, "groups", 1) != 1:
-        raise AttachError(f"{name}: convolution with groups={base.groups}; leave it out of target_modules")
+        raise AttachError(
+            f"{name}: convolution with groups={base.groups}: LoRA's rank must stay a multiple of it, so single "
+            "triplets cannot be pruned; leave it out of target_modules"
+        )
+    factors = [*layer.lora_A.parameters(), *layer.lora_embedding_A.parameters()]
+    if any(p.is_meta for p in factors):
+        raise AttachError(
+            f"{name}: the adapter has no values yet (low_cpu_mem_usage=True); load it, or use "
+            "get_peft_model(model, config) without low_cpu_mem_usage"
+        )
 
 
 def fresh(handles: list[TripletHandle]) -> bool:
-    """Whether the adapter adds nothing yet: every P is zero, as LoRA starts."""
-    return not any(bool(h.P_parameter.detach().any()) for h in handles)
+    """Whether the adapter adds nothing yet: every P·Λ is zero, as LoRA starts."""
+    return not any(bool(h.left_or.any()) for h in handles)
 
 
 def rescale(model: nn.Module, handles: list[TripletHandle], factor: float) -> None:
-    """Multiply the LoRA scale of one adapter by `factor`, in the layers and in its LoraConfig alike."""
+    """Multiply the LoRA scale of one adapter by `factor`, in the layers and in its LoraConfig alike.
+
+    The scale that the adapter came with is remembered in the layer: a copy of the model can be attached anew.
+    """
     for h in handles:
+        if not hasattr(h.layer, "triplet_scale"):
+            h.layer.triplet_scale = {}
+            h.layer.other_param_names = (*h.layer.other_param_names, "triplet_scale")
+        h.layer.triplet_scale.setdefault(h.adapter, h.layer.scaling[h.adapter])
         h.layer.scaling[h.adapter] *= factor
         h.layer.lora_alpha[h.adapter] *= factor
     config = lora_config(model, handles[0].adapter)

@@ -32,8 +32,11 @@ def update_ratio(handles: Sequence[TripletHandle]) -> float | None:
         weight = getattr(h.layer.get_base_layer(), "weight", None)
         if h.rank == 0 or not _is_plain(weight):
             continue
-        base = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float32))
-        P, Q = h.P_or.float(), h.Q_ri.float()
+        if type(weight.data) is not torch.Tensor:  # torchao's quantised tensors look like floats
+            continue
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        base = float(torch.linalg.vector_norm(weight.detach(), dtype=wide))
+        P, Q = h.left_or.float(), h.Q_ri.float()
         squared = float(((P.T @ P) * (Q @ Q.T)).sum())  # ‖PQ‖² = tr(PᵀP·QQᵀ), without the product
         if base > 0:
             ratios.append(h.scale * max(squared, 0.0) ** 0.5 / base)

@@ -1,0 +1,115 @@
+"""How an adapter starts: its scale, its factors, and the forward pass of its layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from adalora.config import AdaLoraConfig
+from adalora.core.factored_svd import factored_svd
+from adalora.core.initialization import LORA_ROW_NORM
+from adalora.errors import AttachError
+from adalora.lora.forward import TripletVariant
+from adalora.lora.svd import add_lambda, fold_lambda
+from adalora.lora.triplets import TripletHandle, fresh, rescale, write_patterns
+
+RELEASED_STD = 0.02
+RELEASED_EPSILON = 1e-5  # the released code divides α by r + 1e-5
+
+
+@torch.no_grad()
+def prepare(model: nn.Module, handles: list[TripletHandle], config: AdaLoraConfig, *, shrink: float) -> None:
+    """Set scale, factors and forward of all layers of one adapter.
+
+    An adapter that is trained already keeps its ΔW.
+
+    Args:
+        model: The PEFT model.
+        handles: The adapter's layers.
+        config: Settings.
+        shrink: Initial budget over target budget.
+
+    Raises:
+        AttachError: Trained values would be lost.
+    """
+    new = fresh(handles)
+    if not new and config.initialization == "gaussian":
+        raise AttachError(
+            'the adapter is trained already and initialization="gaussian" would lose that: use "orthonormal" (its '
+            'exact singular vectors) or "keep"'
+        )
+    if config.parametrization == "lora":
+        for h in handles:
+            fold_lambda(h)
+    if new:
+        _set_scale(model, handles, config, shrink=shrink)
+    generator = torch.Generator().manual_seed(config.seed)
+    for h in handles:
+        if config.parametrization == "svd" and h.lambda_parameter is None:
+            _start_svd(h, config, new=new, generator=generator)
+        elif config.parametrization == "lora" and not h.is_embedding and isinstance(_Q_module(h), nn.Linear):
+            h.layer.lora_variant[h.adapter] = TripletVariant()
+        h.measure_rows()
+
+
+def _Q_module(handle: TripletHandle) -> nn.Module:
+    module: nn.Module = handle.layer.lora_A[handle.adapter]
+    return module
+
+
+def _set_scale(model: nn.Module, handles: list[TripletHandle], config: AdaLoraConfig, *, shrink: float) -> None:
+    """PEFT's α/r of a new adapter; a copy of an attached one starts from the scale it had before."""
+    first = handles[0].layer
+    before = getattr(first, "triplet_scale", {}).get(handles[0].adapter)
+    already = first.scaling[handles[0].adapter] / before if before else 1.0
+    rslora = bool(first.use_rslora.get(handles[0].adapter))
+    factor = (shrink**0.5 if rslora else shrink) if config.scale in ("target", "matched") else 1.0
+    if factor != already:
+        rescale(model, handles, factor / already)
+    if isinstance(config.scale, float | int):
+        for h in handles:
+            h.layer.scaling[h.adapter] = float(config.scale)
+            h.layer.lora_alpha[h.adapter] = config.scale * (h.rank**0.5 if rslora else h.rank)
+        write_patterns(model, handles)
+
+
+def _start_svd(handle: TripletHandle, config: AdaLoraConfig, *, new: bool, generator: torch.Generator) -> None:
+    P_or, Q_ri = handle.P_or, handle.Q_ri
+    if config.initialization == "keep":
+        add_lambda(handle, torch.ones(handle.rank))
+    elif new:
+        P, Q = (_directions(t, config.initialization, generator) for t in (P_or.T, Q_ri))
+        P_or.copy_(P.T)
+        Q_ri.copy_(Q)
+        add_lambda(handle, torch.zeros(handle.rank), gain=_gain(handle, config))
+    else:
+        U, S, Vh = factored_svd(P_or, Q_ri)
+        k, weights = len(S), torch.zeros(handle.rank)
+        weights[:k] = S
+        P_or[:, :k], Q_ri[:k] = U.to(P_or.dtype), Vh.to(Q_ri.dtype)
+        add_lambda(handle, weights)
+
+
+def _directions(like_rd: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+    """New rows of [r, d]: Gaussian, or orthonormal as far as d allows."""
+    r, d = like_rd.shape
+    normal = torch.randn(r, d, generator=generator)
+    if kind == "gaussian":
+        return normal * RELEASED_STD
+    normal[: min(r, d)] = torch.linalg.qr(normal[: min(r, d)].T).Q.T
+    unit: Tensor = normal / normal.norm(dim=1, keepdim=True)
+    return unit
+
+
+def _gain(handle: TripletHandle, config: AdaLoraConfig) -> float:
+    """Factor on α/r.
+
+    "matched": Adam's first step moves every λ by the learning rate, and every entry of LoRA's B, d_out times as many,
+    against rows of A of length 1/√3: ‖ΔW‖ is the same where ‖P_i‖·‖Q_i‖·gain = √d_out/√3.
+    """
+    if config.scale == "released":
+        return handle.rank / (handle.rank + RELEASED_EPSILON)
+    if config.scale != "matched":
+        return 1.0
+    lengths = handle.P_or.float().norm(dim=0) * handle.Q_ri.float().norm(dim=1)
+    return float(LORA_ROW_NORM * handle.P_or.shape[0] ** 0.5 / lengths.square().mean().sqrt())
