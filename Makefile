@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check lint types imports format clean
+.PHONY: bench demo test check lint types imports format clean
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# Operations, step times, memory against PEFT; see docs/performance.md.
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.overhead
 
 check: lint types imports
 
