@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from adalora.lora.compaction import compact
+from adalora.lora.masking import zero_pruned
 from adalora.lora.svd import add_lambda, fold_lambda
 from adalora.lora.triplets import find_triplets, write_patterns
 
@@ -47,7 +48,7 @@ def test_compaction_and_folding_leave_it_unchanged(kind, data):
     if weights is not None:
         add_lambda(h, torch.tensor(weights, dtype=torch.float64), gain=gain)
     h.mask = mask
-    h.zero_pruned()
+    zero_pruned([h])
     before = update(h)
     product = h.scale * h.left_or @ h.Q_ri
     flat = before.flatten(1)
