@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check lint types imports format docs coverage wheel-test test-oldest test-newest clean
+.PHONY: bench demo test check lint types imports format docs coverage wheel-test test-oldest test-newest clean
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+# Operations, step times, memory against PEFT; see docs/performance.md.
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.overhead
 
 check: lint types imports
 
@@ -71,7 +75,7 @@ wheel-test: $(VENV)/.dev
 # The oldest and the newest of what pyproject.toml allows, each in an environment of its own.
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install -q -c constraints-oldest.txt -e '.[metrics]' pytest hypothesis diffusers
+	.venv-oldest/bin/pip install -q -c constraints-oldest.txt -e '.[metrics]' pytest hypothesis
 	.venv-oldest/bin/python -m pytest tests/core tests/lora tests/method tests/architectures tests/test_config.py \
 	  tests/test_controller.py tests/test_registry.py
 

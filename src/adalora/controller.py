@@ -15,9 +15,9 @@ from adalora.core.schedule import BudgetSchedule, span_to_steps
 from adalora.errors import AdaLoraWarning, AttachError, CompactionError, ConfigError
 from adalora.lora.budget import adapter_size, make_budget
 from adalora.lora.compaction import compact
+from adalora.lora.masking import zero_pruned
 from adalora.lora.nested import NestedTruncation, refuse_unfit
 from adalora.lora.observation import Observation
-from adalora.lora.optimizer_state import weight_copies
 from adalora.lora.optimizers import Optimizers, overflowed
 from adalora.lora.orthogonal import hand_over
 from adalora.lora.parametrization import prepare
@@ -232,7 +232,7 @@ class RankController(Resumable, HistoryPlots):
         ranks = [h.rank for h in self.handles]
         keep = self._budget.deal(scores, ranks, amount=budget)
         for h, mask in zip(self.handles, torch.split(keep, ranks)):
-            h.mask = mask.clone()
+            h.mask = mask
         self._apply_masks()
         self.allocations += 1
         self._record.allocation(
@@ -251,12 +251,7 @@ class RankController(Resumable, HistoryPlots):
 
     def _apply_masks(self) -> None:
         """λ of the pruned triplets to 0; they keep their directions, from which they may grow again."""
-        for h in self.handles:
-            h.zero_pruned()
-            if h.rank and not bool(h.mask.all()):
-                parameter, dim = h.factors.get("lambda", h.factors["P"])
-                for copy in weight_copies(self.optimizer, parameter):
-                    copy.movedim(dim, 0)[~h.mask] = 0
+        zero_pruned(self.handles, self.optimizer)
 
     def _enter_final_phase(self) -> None:
         """Ranks are fixed from here: free the averages, remove what was pruned."""

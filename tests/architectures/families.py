@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import diffusers
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
@@ -152,6 +152,8 @@ def clip() -> Family:
 
 
 def unet(*targets: str) -> Family:
+    diffusers = pytest.importorskip("diffusers")
+
     def build() -> nn.Module:
         return diffusers.UNet2DModel(
             sample_size=8,
@@ -167,6 +169,8 @@ def unet(*targets: str) -> Family:
 
 
 def dit() -> Family:
+    diffusers = pytest.importorskip("diffusers")
+
     def build() -> nn.Module:
         return diffusers.DiTTransformer2DModel(
             num_attention_heads=2,

@@ -277,7 +277,8 @@ def test_a_foreign_checkpoint_is_refused_and_says_how_to_go_on(tmp_path):
     before = loaded.state_dict()
     trainer, controller = make(tmp_path / "on", model=loaded)
     x = {"input_ids": Tokens(8).inputs}
-    assert torch.equal(loaded.eval()(**x).logits, model.eval()(**x).logits)
+    # to rounding: the attached model adds up in another order
+    torch.testing.assert_close(loaded.eval()(**x).logits, model.eval()(**x).logits, rtol=1e-5, atol=1e-6)
     assert before.keys() == loaded.state_dict().keys()
     trainer.train()
     assert controller.live == controller.target_budget
