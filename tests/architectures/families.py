@@ -76,6 +76,8 @@ def decoder(kind: str, **more: Any) -> Family:
 
 def mixtral() -> Family:
     """Experts are one fused parameter each, which LoRA layers of one module do not cover: attention is adapted."""
+    if hf.__version__.startswith("5.0."):
+        pytest.skip("stock PEFT cannot load any adapter of a Mixtral there: WeightRenaming.convert(loading_info=…)")
     family = decoder("Mixtral", num_local_experts=3, num_experts_per_tok=2)
     return Family(family.build, tokens, {"target_modules": ATTENTION, "task_type": "CAUSAL_LM"})
 
@@ -141,7 +143,8 @@ VISION = {
 
 def vit() -> Family:
     config = hf.ViTConfig(**VISION, num_labels=3)
-    lora = {"target_modules": [*ATTENTION, "fc1", "fc2"], "modules_to_save": ["classifier"]}
+    early = ["query", "key", "value", "dense"]  # the names up to transformers 5.0
+    lora = {"target_modules": [*ATTENTION, "fc1", "fc2", *early], "modules_to_save": ["classifier"]}
     return Family(lambda: hf.ViTForImageClassification(config), images, lora)
 
 
