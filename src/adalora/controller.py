@@ -25,7 +25,7 @@ from adalora.lora.reorthonormal import reorthonormalize
 from adalora.lora.replicas import Replicas
 from adalora.lora.scoring import Scorer
 from adalora.lora.svd import fold_lambda
-from adalora.lora.triplets import find_triplets, lora_config
+from adalora.lora.triplets import find_triplets, fresh, lora_config
 from adalora.recording import Recorder
 from adalora.report.history import History
 from adalora.report.plotting import HistoryPlots
@@ -62,6 +62,7 @@ class RankController(Resumable, HistoryPlots):
         self.step = 0
         self.allocations = 0
         self.finished = False
+        self._warned_idle = False
         self._model = weakref.ref(model)
         self._optimizers = Optimizers()
         self._schedule: BudgetSchedule | None = None
@@ -78,7 +79,7 @@ class RankController(Resumable, HistoryPlots):
         self._nested: NestedTruncation | None = None
         if config.nested:
             refuse_unfit(self.handles)
-        self._versions = [h.P_parameter._version for h in self.handles]
+        self.note_weights()
         if total_steps is not None:
             self.set_total_steps(total_steps)
         # Everything is checked: only now is the model touched.
@@ -342,18 +343,44 @@ class RankController(Resumable, HistoryPlots):
         self.finished = True
         self._record.finish(self.step, allocations=self.allocations)
 
-    def warn_if_idle(self) -> None:
-        """Warn if the parameters were trained but no optimizer was seen, or no allocation has run by the end."""
-        trained = any(
-            h.P_parameter._version > version for h, version in zip(self.handles, self._versions) if not h.removed
-        )
-        if self.step == 0 and trained:
-            warnings.warn(
+    def note_weights(self) -> None:
+        """Take the weights as they are for untrained: after attaching, and after others were loaded."""
+        self._versions = {h.name: h.P_parameter._version for h in self.handles if not h.removed}
+        self._fresh = fresh([h for h in self.handles if not h.removed])
+
+    @property
+    def _weights_moved(self) -> bool:
+        """Whether something wrote to the weights; a write that leaves a fresh adapter at zero (DDP) does not count."""
+        live = [h for h in self.handles if not h.removed]
+        if not any(h.P_parameter._version > self._versions.get(h.name, 0) for h in live):
+            return False
+        return not (self._fresh and fresh(live))
+
+    def warn_if_idle(self, *, over: bool = False) -> None:
+        """Warn, once, if the parameters were trained but no optimizer was seen.
+
+        Called whenever the model's state is taken to be saved, by `finalize`, and at the end of the process.
+
+        Args:
+            over: The training is over: warn as well if steps were seen but no allocation ever ran.
+        """
+        if self._warned_idle or self.finished:
+            return
+        if self.step == 0 and self._weights_moved:
+            message = (
                 "the adapter was trained but adalora saw no optimizer step, so no rank was allocated. Train with a "
-                "torch.optim.Optimizer, or call controller.after_step(optimizer) after each step",
-                AdaLoraWarning,
-                stacklevel=3,
+                "torch.optim.Optimizer, or call controller.after_step(optimizer) after each step"
             )
+        elif over and self.step > 0 and self.allocations == 0 and self.schedule.shape != "constant":
+            message = (
+                f"training ended after {self.step} of {self.schedule.total_steps} steps and no rank was ever "
+                f"allocated: the adapter still has its initial {self.live} triplets. Give the real number of steps: "
+                f"adalora.attach(model, total_steps={self.step}), or call controller.finalize() at the end"
+            )
+        else:
+            return
+        self._warned_idle = True
+        warnings.warn(message, AdaLoraWarning, stacklevel=3)
 
     def log(self, **values: Any) -> None:
         """Put numbers of your own, such as `loss=…`, into the history at the current step."""

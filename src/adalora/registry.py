@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import weakref
 from collections.abc import Mapping
@@ -94,6 +95,25 @@ def _before_load_state_dict(model: nn.Module, state_dict: Mapping[str, Any], pre
             controller.fit_to(ranks)
 
 
+def _after_load_state_dict(model: nn.Module, incompatible: Any) -> None:
+    for controller in controllers(model).values():
+        controller.note_weights()
+
+
+def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """What is saved starts here, whoever saves: the last moment to say that nothing was allocated."""
+    for controller in controllers(model).values():
+        controller.warn_if_idle()
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Training is over for every model that is left."""
+    for of_model in list(_ATTACHED.values()):
+        for controller in of_model.values():
+            controller.warn_if_idle(over=True)
+
+
 class _AdapterLoader:
     """PEFT's `load_adapter`: for an attached adapter a checkpoint is verified before anything of it is used.
 
@@ -159,6 +179,8 @@ def attach(
     controller = RankController(model, config, adapter=adapter, history=record, total_steps=total_steps)
     if model not in _ATTACHED:
         cast(Any, model).register_load_state_dict_pre_hook(_before_load_state_dict)
+        cast(Any, model).register_load_state_dict_post_hook(_after_load_state_dict)
+        cast(Any, model).register_state_dict_pre_hook(_before_state_dict)
         if hasattr(model, "load_adapter"):
             cast(Any, model).load_adapter = _AdapterLoader(model)
     _ATTACHED.setdefault(model, {})[adapter] = controller
