@@ -136,6 +136,7 @@ class RankController(Resumable, HistoryPlots):
             interval=max(1, span_to_steps(self.config.allocation_interval, total_steps)),
             shape=self.config.schedule,
             released=self.config.released_schedule,
+            curve=self.config.registered_schedule(),
         )
         name = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
         self._record.start(self._schedule, config=self.config.to_dict(), model=name)
