@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from adalora import plugins
 from adalora.errors import ConfigError
 
 Importance: TypeAlias = Literal[
@@ -22,6 +32,7 @@ Importance: TypeAlias = Literal[
 Schedule: TypeAlias = Literal["cubic", "linear", "step", "constant"]
 Orthogonality: TypeAlias = Literal["decoupled", "squared", "released", "off"]
 Span: TypeAlias = int | float
+Limits: TypeAlias = dict[str, Annotated[int, Field(ge=0, strict=True)]]
 
 BUDGET_FIELDS = ("target_rank", "total_rank", "total_parameters", "adapter_bytes")
 DEFAULT_TARGET_RANK = 8
@@ -46,16 +57,23 @@ class AdaLoraConfig(BaseModel):
             can buy. Budgets in parameters or bytes always count so.
         budget_scope: Who competes: all triplets of the model (`"global"`), those of one layer (`"layer"`), or of one
             kind of module (`"module_type"`). Each group gets its share of the budget.
-        min_rank: No module keeps fewer triplets than this.
-        max_rank: No module keeps more triplets than this once the budget has reached its target.
+        group_budgets: Budgets of single groups as average ranks at the end, e.g. `{"query": 2, "down_proj": 6}` with
+            `budget_scope="module_type"`. Other groups share the rest; without a budget for the model each group needs
+            one, and their sum is the budget.
+        min_rank: No module keeps fewer triplets than this: one number, or numbers by module name, e.g.
+            `{"layer.0.*": 2}`. A name is the module's whole name or its end, with wildcards; the first one counts.
+        max_rank: No module keeps more triplets than this once the budget has reached its target; by name as well, e.g.
+            `{"key": 0}`.
         warmup: Span at full rank before the budget shrinks (t_i).
         final: Span at the target budget (t_f).
         allocation_interval: Span between two allocations while the budget shrinks (ΔT).
         schedule: Shape of the decrease (Eq. 14 is `"cubic"`), or an exponent; `"step"` drops at the middle of
-            the decrease; `"constant"` never allocates (SVD-LoRA).
+            the decrease; `"constant"` never allocates (SVD-LoRA). Or a name that a package has registered
+            (`adalora.plugins`).
         released_schedule: Allocate at steps that ΔT divides, counted from the start of the run, and round b(t) in
             floating point, as the released code does: one triplet less where Eq. 14 is a whole number.
         importance: The triplet score (Eq. 9-13 is `"sensitivity_uncertainty"`). `"magnitude"` is |λ|·‖P‖·‖Q‖.
+            Or a name that a package has registered.
         sensitivity_beta: Smoothing of the sensitivity (β1 of Eq. 10).
         uncertainty_beta: Smoothing of the uncertainty (β2 of Eq. 11).
         score_gradient: The gradient in the score: what the optimizer got, the orthogonality term included
@@ -94,14 +112,15 @@ class AdaLoraConfig(BaseModel):
     adapter_bytes: int | None = None
     budget_cost: Literal["rank", "parameters"] = "rank"
     budget_scope: Literal["global", "layer", "module_type"] = "global"
-    min_rank: int = Field(default=0, ge=0)
-    max_rank: int | None = Field(default=None, ge=1)
+    group_budgets: dict[str, Annotated[float, Field(ge=0, strict=True)]] | None = None
+    min_rank: Annotated[int, Field(ge=0)] | Limits = 0
+    max_rank: Annotated[int, Field(ge=1)] | Limits | None = None
     warmup: Span = 0.12
     final: Span = 0.48
     allocation_interval: Span = 0.01
-    schedule: Schedule | float = "cubic"
+    schedule: Schedule | float | str = "cubic"
     released_schedule: bool = False
-    importance: Importance = "sensitivity_uncertainty"
+    importance: Importance | str = "sensitivity_uncertainty"
     sensitivity_beta: float = Field(default=0.85, gt=0, lt=1)
     uncertainty_beta: float = Field(default=0.85, gt=0, lt=1)
     score_gradient: Literal["total", "task"] = "total"
@@ -140,6 +159,19 @@ class AdaLoraConfig(BaseModel):
     def _amount(cls, value: Any, info: ValidationInfo) -> Any:
         return _read_amount(value, of_bytes=info.field_name == "adapter_bytes") if isinstance(value, str) else value
 
+    @field_validator("importance", "schedule")
+    @classmethod
+    def _ours_or_registered(cls, value: str | float, info: ValidationInfo) -> str | float:
+        """A name of ours, or one that another package has registered."""
+        score = info.field_name == "importance"
+        ours = get_args(Importance if score else Schedule)
+        if isinstance(value, str) and value not in ours:
+            theirs = plugins.names("importance" if score else "schedules")
+            if value not in theirs:
+                allowed = [repr(name) for name in (*ours, *theirs)]
+                raise ValueError(f"Input should be {', '.join(allowed[:-1])} or {allowed[-1]}")
+        return value
+
     @field_validator("scale")
     @classmethod
     def _positive_scale(cls, value: str | float) -> str | float:
@@ -166,6 +198,13 @@ class AdaLoraConfig(BaseModel):
             raise ValueError("is a list of fractions of the decrease, above 0 and at most 1, e.g. (0.5, 0.75)")
         return value
 
+    @field_validator("min_rank", "max_rank", "group_budgets")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if value == {}:
+            raise ValueError('has no entry: give names with numbers, e.g. {"query": 2}, or leave it out')
+        return value
+
     @field_validator("schedule")
     @classmethod
     def _power(cls, value: str | float) -> str | float:
@@ -178,13 +217,13 @@ class AdaLoraConfig(BaseModel):
         given = [name for name in BUDGET_FIELDS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one budget, not {' and '.join(given)}: keep {given[0]}={getattr(self, given[0])!r}")
-        if not given:
+        if not given and self.group_budgets is None:
             object.__setattr__(self, "target_rank", float(DEFAULT_TARGET_RANK))
         for name in BUDGET_FIELDS:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}={value} must be above 0")
-        if self.max_rank is not None and self.max_rank < self.min_rank:
+        if isinstance(self.max_rank, int) and isinstance(self.min_rank, int) and self.max_rank < self.min_rank:
             raise ValueError(f"max_rank={self.max_rank} is below min_rank={self.min_rank}")
         if isinstance(self.warmup, float) and isinstance(self.final, float) and self.warmup + self.final > 1:
             raise ValueError(f"warmup={self.warmup} and final={self.final} are together more than the run (1.0)")
@@ -207,6 +246,10 @@ class AdaLoraConfig(BaseModel):
 
     def _refuse_without_effect(self) -> None:
         """An option that changes nothing in this combination is a mistake of the user's: say so."""
+        if self.group_budgets is not None and self.budget_scope == "global" and self.schedule != "constant":
+            raise ValueError(
+                'group_budgets has no effect with budget_scope="global": add budget_scope="module_type" or "layer"'
+            )
         if self.compact_at is not None and not self.compact:
             raise ValueError("compact_at has no effect with compact=False: leave one of them out")
         for name, because in self._without_effect():
@@ -230,9 +273,17 @@ class AdaLoraConfig(BaseModel):
             found.append(("orthogonality_weight", 'orthogonality="off"'))
         if self.schedule == "constant":
             ranking = ("importance", "min_rank", "max_rank", "allocation_interval", "revival", "budget_scope")
-            more = ("budget_cost", "released_schedule", "reorthonormalize", "handover", "nested", "compact_at")
+            more = (
+                "group_budgets",
+                "budget_cost",
+                "released_schedule",
+                "reorthonormalize",
+                "handover",
+                "nested",
+                "compact_at",
+            )
             found += [(name, 'schedule="constant" (no allocation)') for name in (*ranking, *more)]
-        if self.importance not in GRADIENT_SCORES or self.schedule == "constant":
+        if not self.needs_gradients or self.schedule == "constant":
             names = ("sensitivity_beta", "uncertainty_beta", "score_gradient", "score_weights")
             found += [(name, f'importance="{self.importance}" (no gradient in it)') for name in names]
         elif self.importance in ("sensitivity", "lambda_sensitivity"):
@@ -292,6 +343,20 @@ class AdaLoraConfig(BaseModel):
             "compact": False,
         }
         return cls(**{**settings, **fields})
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the score is built on gradients' averages: magnitudes are not, registered scores are."""
+        return self.importance in GRADIENT_SCORES or self.importance not in get_args(Importance)
+
+    def registered_importance(self) -> Callable[..., Any] | None:
+        """Another package's score function; None where the score is one of ours."""
+        return None if self.importance in get_args(Importance) else plugins.load("importance", self.importance)
+
+    def registered_schedule(self) -> Callable[..., Any] | None:
+        """Another package's schedule function; None where the schedule is one of ours, or an exponent."""
+        name = self.schedule
+        return None if not isinstance(name, str) or name in get_args(Schedule) else plugins.load("schedules", name)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that were given, JSON-ready; `AdaLoraConfig(**config.to_dict())` equals the original."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 from typing import Any
 
@@ -90,7 +91,6 @@ class Recorder:
         skipped: int,
     ) -> None:
         """A budget was dealt out."""
-        parts = torch.split(scores, [h.rank for h in self.handles])
         self.history.add(
             "allocation",
             **{**self.position(schedule, step), "budget": int(keep.sum())},
@@ -99,7 +99,7 @@ class Recorder:
             revived_triplets=self._places(keep & ~live_before),
             **self._kept_scores(scores, keep, schedule),
             ranks=self.ranks,
-            module_scores=[float(part[torch.isfinite(part)].sum()) for part in parts],
+            module_scores=_sums(scores, [h.rank for h in self.handles]),
             orthogonality=orthogonality_error(self.handles),
             skipped_steps=skipped,
             # Without a hand-over, the first allocation tells how far the warm-up has come.
@@ -112,13 +112,15 @@ class Recorder:
         if int(keep.sum()) > schedule.target_budget:
             return {}
         ranks = [h.rank for h in self.handles]
-        parts = zip(torch.split(scores.double(), ranks), torch.split(keep, ranks))
-        return {"triplet_scores": [part[kept].tolist() for part, kept in parts]}
+        values, kept, starts = scores.double().tolist(), keep.tolist(), itertools.accumulate(ranks, initial=0)
+        parts = [range(start, start + rank) for start, rank in zip(starts, ranks)]
+        return {"triplet_scores": [[values[i] for i in part if kept[i]] for part in parts]}
 
     def _places(self, chosen: Tensor) -> list[list[int]]:
         """Module and number inside it of each chosen triplet."""
-        parts = torch.split(chosen, [h.rank for h in self.handles])
-        return [[module, int(i)] for module, part in enumerate(parts) for i in part.nonzero().flatten()]
+        ranks = [h.rank for h in self.handles]
+        places = [[module, i] for module, rank in enumerate(ranks) for i in range(rank)]
+        return list(itertools.compress(places, chosen.tolist()))
 
     def handover(self, step: int) -> None:
         """P·Q were rewritten in their singular vectors."""
@@ -136,6 +138,14 @@ class Recorder:
             bytes_after=after[1],
         )
 
+    def pruned(self, step: int, **file: Any) -> None:
+        """What was pruned lies in a file of its own."""
+        self.history.add("pruned", step=step, **file)
+
+    def restored(self, step: int, *, of_step: int, checkpoint: str) -> None:
+        """The adapter was replaced by that of a checkpoint, which the trainer has kept as the best."""
+        self.history.add("restored", step=step, of_step=of_step, checkpoint=checkpoint, ranks=self.ranks)
+
     def finish(self, step: int, *, allocations: int) -> None:
         """The end, with the spectrum of every module."""
         spectra = [_spectrum(h) for h in self.handles]
@@ -147,6 +157,14 @@ class Recorder:
             orthogonality=orthogonality_error(self.handles),
             allocations=allocations,
         )
+
+
+def _sums(scores: Tensor, ranks: list[int]) -> list[float]:
+    """Sum of the finite scores of each module."""
+    module = torch.repeat_interleave(torch.tensor(ranks))
+    finite = torch.where(scores.isfinite(), scores, 0.0).double()
+    sums: list[float] = torch.zeros(len(ranks), dtype=torch.float64).index_add_(0, module, finite).tolist()
+    return sums
 
 
 def _spectrum(handle: TripletHandle) -> list[float | None]:

@@ -102,3 +102,17 @@ def test_reordering_the_triplets_of_a_module_reorders_the_mask(order, budget, se
     index, module = torch.tensor(order), torch.zeros(9, dtype=torch.int64)
     keep = allocate(scores, module, budget=budget)
     assert allocate(scores[index], module, budget=budget).tolist() == keep[index].tolist()
+
+
+@settings(max_examples=200, deadline=None)
+@given(models(), st.data())
+def test_floors_and_caps_of_single_modules(model, data):
+    ranks, scores, module = model
+    floors = torch.tensor([data.draw(st.integers(0, 3)) for _ in ranks])
+    caps = torch.tensor([data.draw(st.integers(int(f), 6)) for f in floors])
+    least = sum(min(r, int(f)) for r, f in zip(ranks, floors))
+    budget = data.draw(st.integers(least, len(scores)))
+    keep = allocate(scores, module, budget=budget, min_rank=floors[module], max_rank=caps[module])
+    kept = counts(keep, module, len(ranks))
+    assert all(min(r, int(f)) <= k <= min(r, int(c)) for r, f, c, k in zip(ranks, floors, caps, kept))
+    assert int(keep.sum()) == min(budget, sum(min(r, int(c)) for r, c in zip(ranks, caps)))

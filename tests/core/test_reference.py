@@ -134,6 +134,36 @@ def test_budget_is_that_of_exact_fractions(warmup, decrease, final, target, surp
 
 
 @settings(max_examples=200, deadline=None)
+@given(
+    warmup=st.integers(0, 50),
+    decrease=st.integers(1, 200),
+    final=st.integers(1, 50),
+    target=st.integers(1, 300),
+    surplus=st.integers(0, 3000),
+    shape=st.one_of(st.sampled_from(["linear", "step", "constant"]), st.integers(1, 9).map(float), st.floats(0.1, 12)),
+)
+def test_budget_of_every_shape(warmup, decrease, final, target, surplus, shape):
+    """Exact, but for odd exponents where 50 digits give a whole number to within rounding."""
+    total = warmup + decrease + final
+    schedule = BudgetSchedule(
+        initial_budget=target + surplus,
+        target_budget=target,
+        warmup_steps=warmup,
+        decrease_end=total - final,
+        total_steps=total,
+        interval=1,
+        shape=shape,
+    )
+    given_ = {"initial_budget": target + surplus, "target_budget": target}
+    given_ |= {"warmup": warmup, "final": final, "total": total, "shape": shape}
+    for step in range(total):
+        mine, reference = schedule.budget(step), reference_budget(step, **given_)
+        exact = reference_surplus(step, **given_)
+        rounding = not isinstance(shape, str) and not shape.is_integer() and abs(exact - round(exact)) < 1e-9
+        assert mine == reference or (rounding and abs(mine - reference) == 1)
+
+
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=20), st.data())
 def test_masks_with_many_ties(values, data):
     budget = data.draw(st.integers(0, len(values)))

@@ -4,11 +4,13 @@ import re
 
 import pytest
 import torch
+from peft import PeftModel
 from toys import adamw, lora, train
 
 import adalora
 from adalora.errors import ConfigError
 from adalora.lora.budget import group_name, make_budget
+from adalora.lora.module_names import matches
 from adalora.lora.triplets import find_triplets
 
 STEPS = 40
@@ -175,3 +177,123 @@ def test_modules_may_start_with_ranks_of_their_own():
     train(model, adamw(model), STEPS)
     assert controller.live == 21
     assert controller.ranks["layers.0.query"] <= 2
+
+
+@pytest.mark.parametrize("parametrization", ["lora", "svd"])
+@pytest.mark.parametrize("given", [{"target_rank": 2}, {"total_parameters": 300}])
+def test_rank_zero_for_some_modules(given, parametrization, tmp_path):
+    """Their adapter is gone, and what is saved says so."""
+    model, controller = run(max_rank={"query": 0}, parametrization=parametrization, **given)
+    kept = {name for name, rank in controller.ranks.items() if rank}
+    assert kept
+    assert not any("query" in name for name in kept)
+    assert not any("query" in name for name, _ in model.named_parameters() if "lora_" in name)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(lora().unload(), tmp_path)
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(again(x), model(x))
+
+
+def test_floors_and_caps_by_name():
+    """The first name that fits counts; modules without one are free."""
+    floors, caps = {"layers.1.up": 0, "up": 4}, {"layers.0.*": 4, "head": 1}
+    _, controller = run(target_rank=2, min_rank=floors, max_rank=caps)
+    ranks = controller.ranks
+    assert sum(ranks.values()) == 14
+    assert ranks["layers.0.up"] == 4
+    assert ranks["head"] <= 1
+    assert max(ranks["layers.0.query"], ranks["layers.0.down"]) <= 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "fits"),
+    [
+        ("query", "layers.0.query", True),
+        ("query", "query", True),
+        ("query", "layers.0.my_query", False),
+        ("layers.0", "layers.0.query", False),
+        ("layers.0.*", "encoder.layers.0.query", True),
+        ("layers.0.*", "encoder.layers.10.query", False),
+        ("layers.[01].*", "layers.1.up", True),
+        ("*", "head", True),
+    ],
+)
+def test_names(pattern, name, fits):
+    assert matches(pattern, name) is fits
+
+
+@pytest.mark.parametrize("given", [{}, {"target_rank": 25 / 7}])
+def test_groups_with_budgets_of_their_own(given):
+    """Exact at the end; each group on its own way to it."""
+    _, controller = run(
+        budget_scope="module_type", group_budgets={"query": 0.5, "up": 6, "down": 5, "head": 2}, **given
+    )
+    sums = {}
+    for name, rank in controller.ranks.items():
+        sums[group_name(name, "module_type")] = sums.get(group_name(name, "module_type"), 0) + rank
+    assert sums == {"query": 1, "up": 12, "down": 10, "head": 2}
+    assert controller.target_budget == 25
+
+
+def test_other_groups_share_the_rest():
+    handles = find_triplets(lora(), "default")
+    config = adalora.AdaLoraConfig(target_rank=2, budget_scope="layer", group_budgets={"layers.1": 3})
+    budget = make_budget(config, handles)
+    assert [group.target for group in budget.groups] == [4, 9, 1]  # 5 left, for 18 and 6 at the start
+    assert int(budget.deal(torch.rand(42), [6] * 7, amount=14).sum()) == 14
+
+
+def test_groups_in_parameters():
+    """An average rank costs what a LoRA of it has."""
+    handles = find_triplets(lora(), "default")
+    budgets = {"query": 1, "*": 2}
+    config = adalora.AdaLoraConfig(budget_cost="parameters", budget_scope="module_type", group_budgets=budgets)
+    budget = make_budget(config, handles)
+    assert [group.target for group in budget.groups] == [2 * 16, 2 * 2 * 28, 2 * 2 * 28, 2 * 11]
+    assert budget.target == 32 + 112 + 112 + 22
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_rank": {"qeury": 0}}, "max_rank: nothing matches 'qeury': did you mean 'query'?"),
+        ({"min_rank": {"zzz": 1}}, "min_rank: nothing matches 'zzz': the model has 'layers.0.query', "),
+        ({"max_rank": {"*": 0}}, "max_rank={'*': 0} leaves no triplet in 7 modules: allow some module"),
+        (
+            {"max_rank": {"query": 0}, "min_rank": 1},
+            "layers.0.query: max_rank=0 is below min_rank=1: raise the one or lower the other",
+        ),
+        (
+            {"budget_scope": "layer", "group_budgets": {"layers.0": 1}},
+            "group_budgets has nothing for 'layers.1', '': add them, or target_rank=… for the whole model",
+        ),
+        (
+            {"budget_scope": "layer", "group_budgets": {"layers.7": 1}, "target_rank": 1},
+            "group_budgets: nothing matches 'layers.7': did you mean 'layers.",
+        ),
+        (
+            {"budget_scope": "layer", "group_budgets": {"layers.0": 7}, "target_rank": 4},
+            "group_budgets gives 'layers.0' 21 triplets, it starts with 18: a larger r in LoraConfig or",
+        ),
+        (
+            {"budget_scope": "layer", "group_budgets": {"layers.0": 5}, "target_rank": 2},
+            "group_budgets gives 15 triplets and the other groups take 24 at most, the model's budget is 14: leave",
+        ),
+        (
+            {"budget_scope": "layer", "group_budgets": {"*": 2}, "target_rank": 3},
+            "group_budgets gives 14 triplets, the model's budget is 21: leave the model's budget out or change it",
+        ),
+        (
+            {"budget_scope": "layer", "group_budgets": {"*": 0}},
+            "group_budgets={'*': 0.0} leaves no triplet in 7 modules",
+        ),
+        (
+            {"budget_scope": "module_type", "group_budgets": {"query": 0, "*": 2}, "min_rank": 1},
+            "min_rank=1 needs 2 triplets in the module_type of layers.0.query, the budget has 0",
+        ),
+    ],
+)
+def test_names_and_groups_that_do_not_fit(settings, message):
+    given = settings if "group_budgets" in settings else {"target_rank": 2, **settings}
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        adalora.attach(lora(), total_steps=STEPS, **given)

@@ -68,7 +68,7 @@ def test_files_named_exist(text):
 def test_options_written_in_the_text_are_accepted(text):
     """`name=value` pairs, each by itself where it stands alone."""
     for name, value in re.findall(r"`(\w+)=(\"[\w.]+\"|True|False)`", text):
-        if name == "padding_mode":  # a convolution's
+        if name in ("padding", "padding_mode"):  # a convolution's
             continue
         fields = {name: value.strip('"') if value.startswith('"') else value == "True"}
         if fields.get("orthogonality") in ("squared", "released"):

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 
-def allocate(scores: Tensor, module: Tensor, *, budget: int, min_rank: int = 0, max_rank: int | None = None) -> Tensor:
+def allocate(
+    scores: Tensor,
+    module: Tensor,
+    *,
+    budget: int,
+    min_rank: int | Tensor = 0,
+    max_rank: int | Tensor | None = None,
+) -> Tensor:
     """Keep the `budget` best triplets of the whole model.
 
     Exactly `budget` are kept (fewer only where `max_rank` forbids them), equal scores in order of position:
@@ -16,8 +23,9 @@ def allocate(scores: Tensor, module: Tensor, *, budget: int, min_rank: int = 0, 
         scores: S of Eq. 9 for all n triplets, [n], any float type.
         module: Number of the module of each triplet, [n], int64, ascending.
         budget: b(t), number of triplets.
-        min_rank: Triplets each module keeps at least; together they may not exceed the budget.
-        max_rank: Triplets each module keeps at most.
+        min_rank: Triplets each module keeps at least; together they may not exceed the budget. A tensor [n], int64,
+            gives every triplet the floor of its module.
+        max_rank: Triplets each module keeps at most; a tensor as well.
 
     Returns:
         Keep mask [n], bool.
@@ -28,12 +36,17 @@ def allocate(scores: Tensor, module: Tensor, *, budget: int, min_rank: int = 0, 
     ranking = rank_scores(scores)
     order, floor, free = split_by_rank(ranking, module, min_rank=min_rank, max_rank=max_rank)
     if int(floor.sum()) > budget:
-        raise ValueError(f"min_rank={min_rank} needs {int(floor.sum())} triplets, the budget has {budget}")
+        raise ValueError(f"{floor_name(min_rank)} needs {int(floor.sum())} triplets, the budget has {budget}")
     # Floors first, then the best of the rest; both in order of score.
     rest = order[free[order]][: budget - int(floor.sum())]
     keep = floor.clone()
     keep[rest] = True
     return keep
+
+
+def floor_name(min_rank: int | Tensor) -> str:
+    """The floor in a message."""
+    return f"min_rank={min_rank}" if isinstance(min_rank, int) else "min_rank"
 
 
 def rank_scores(scores: Tensor) -> Tensor:
@@ -42,7 +55,7 @@ def rank_scores(scores: Tensor) -> Tensor:
 
 
 def split_by_rank(
-    ranking: Tensor, module: Tensor, *, min_rank: int, max_rank: int | None
+    ranking: Tensor, module: Tensor, *, min_rank: int | Tensor, max_rank: int | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Order of all triplets, best first and stable, and which are kept by a floor or may compete.
 

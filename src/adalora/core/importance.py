@@ -8,6 +8,7 @@ All scores built on w·∂L/∂w are invariant under the rescaling P·c, λ/c: w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,28 +35,54 @@ class SmoothedImportance:
             torch.zeros_like(stack, dtype=torch.float32, memory_format=torch.contiguous_format),
         )
 
-    def update(self, product: Tensor, *, beta1: float, beta2: float) -> None:
+    def update(
+        self, product: Tensor, *, beta1: float, beta2: float, weights: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         """Eq. 10-12, in place. `product` is w·∂L/∂w (any sign), fp32, and is overwritten.
 
-        The caller leaves out steps with infinities or NaN: one would spoil the averages for ever.
+        Args:
+            product: Of the averages' shape.
+            beta1: β1 of Eq. 10.
+            beta2: β2 of Eq. 11.
+            weights: From `step_weights`, for a step of which the host does not know whether it is finite; None for a
+                product known to be so.
         """
         importance = product.abs_()
-        self.sensitivity.lerp_(importance, 1 - beta1)
+        weight1, weight2 = weights or (1 - beta1, 1 - beta2)
+        if weights is not None:
+            importance.nan_to_num_(0.0, 0.0, 0.0)
+        self.sensitivity.lerp_(importance, weight1)
         deviation = importance.sub_(self.sensitivity).abs_()
-        self.uncertainty.lerp_(deviation, 1 - beta2)
+        self.uncertainty.lerp_(deviation, weight2)
 
-    def score(self, kind: str) -> Tensor:
+    def score(self, kind: str | Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """S of Eq. 13 or its variants, elementwise.
 
         Args:
-            kind: "sensitivity_uncertainty" (Ī·Ū), "ratio" (Ī/Ū), or "sensitivity" (Ī).
+            kind: "sensitivity_uncertainty" (Ī·Ū), "ratio" (Ī/Ū), "sensitivity" (Ī), or a function of Ī and Ū.
         """
+        if callable(kind):
+            return kind(self.sensitivity, self.uncertainty)
         if kind == "sensitivity_uncertainty":
             return self.sensitivity * self.uncertainty
         if kind == "ratio":
             tiny = torch.finfo(torch.float32).tiny
             return self.sensitivity / self.uncertainty.clamp_min(tiny)
         return self.sensitivity.clone()
+
+
+def step_weights(finite: Tensor, *, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
+    """What one step adds to the averages: 1 - β1 and 1 - β2, or 0 where its gradients are not finite.
+
+    One step with infinities or NaN would spoil the averages for ever. With weight 0 they stay as they are, bit by
+    bit, and the host need not wait to learn whether the step counts.
+
+    Args:
+        finite: 0-dim bool, on the averages' device.
+        beta1: β1 of Eq. 10.
+        beta2: β2 of Eq. 11.
+    """
+    return finite * (1 - beta1), finite * (1 - beta2)
 
 
 def left_products(P_kor: Tensor, grad_kor: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adalora.core.allocation import rank_scores, split_by_rank
+from adalora.core.allocation import floor_name, rank_scores, split_by_rank
 
 NODES = 100_000  # bounds evaluated at most; a real model takes some hundred
 
 
 def allocate_costs(
-    scores: Tensor, module: Tensor, *, costs: Tensor, budget: int, min_rank: int = 0, max_rank: int | None = None
+    scores: Tensor,
+    module: Tensor,
+    *,
+    costs: Tensor,
+    budget: int,
+    min_rank: int | Tensor = 0,
+    max_rank: int | Tensor | None = None,
 ) -> Tensor:
     """Keep the triplets whose scores have the highest sum at a total cost within `budget`.
 
@@ -33,8 +39,9 @@ def allocate_costs(
         module: Number of the module of each triplet, [n], int64, ascending.
         costs: Cost of each triplet, [n], positive int64, the same within a module.
         budget: In the unit of `costs`.
-        min_rank: Triplets each module keeps at least; together they may not cost more than the budget.
-        max_rank: Triplets each module keeps at most.
+        min_rank: Triplets each module keeps at least; together they may not cost more than the budget. A tensor [n],
+            int64, gives every triplet the floor of its module.
+        max_rank: Triplets each module keeps at most; a tensor as well.
 
     Returns:
         Keep mask [n], bool.
@@ -46,7 +53,7 @@ def allocate_costs(
     order, floor, free = split_by_rank(ranking, module, min_rank=min_rank, max_rank=max_rank)
     left = budget - int(costs[floor].sum())
     if left < 0:
-        raise ValueError(f"min_rank={min_rank} costs {int(costs[floor].sum())}, the budget has {budget}")
+        raise ValueError(f"{floor_name(min_rank)} costs {int(costs[floor].sum())}, the budget has {budget}")
     free &= scores != -torch.inf
     queue = order[free[order]]
     finite = ranking[queue]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 from torch import Tensor
@@ -99,9 +100,16 @@ class ReferenceModule:
 
 
 def reference_surplus(
-    step: int, *, initial_budget: int, target_budget: int, warmup: int, final: int, total: int
+    step: int,
+    *,
+    initial_budget: int,
+    target_budget: int,
+    warmup: int,
+    final: int,
+    total: int,
+    shape: str | float = "cubic",
 ) -> Fraction:
-    """b(t) - b_T of Eq. 14 before it is rounded down, as an exact fraction.
+    """b(t) - b_T before it is rounded down: exact, but for exponents that are no whole numbers (50 digits).
 
     Args:
         step: t, optimizer steps from 0.
@@ -110,19 +118,45 @@ def reference_surplus(
         warmup: t_i, optimizer steps.
         final: t_f, optimizer steps.
         total: T.
+        shape: "cubic" (Eq. 14), "linear", "step", "constant", or the exponent in place of Eq. 14's 3.
     """
-    if step < warmup:
-        return Fraction(initial_budget - target_budget)
+    surplus = Fraction(initial_budget - target_budget)
+    if step < warmup or shape == "constant":
+        return surplus
     if step >= total - final:
         return Fraction(0)
-    progress = Fraction(step - warmup, total - warmup - final)
-    return (initial_budget - target_budget) * (1 - progress) ** 3
+    left = 1 - Fraction(step - warmup, total - warmup - final)
+    if shape == "step":
+        return surplus if left > Fraction(1, 2) else Fraction(0)
+    if shape == "linear":
+        return surplus * left
+    exponent = Fraction(3) if isinstance(shape, str) else Fraction(shape)
+    if exponent.denominator == 1:
+        return surplus * left**exponent.numerator
+    with localcontext(prec=50):
+        power = Decimal(exponent.numerator) / Decimal(exponent.denominator)
+        return surplus * Fraction((Decimal(left.numerator) / Decimal(left.denominator)) ** power)
 
 
-def reference_budget(step: int, *, initial_budget: int, target_budget: int, warmup: int, final: int, total: int) -> int:
-    """b(t) of Eq. 14 in whole triplets, rounded down; arguments as in `reference_surplus`."""
+def reference_budget(
+    step: int,
+    *,
+    initial_budget: int,
+    target_budget: int,
+    warmup: int,
+    final: int,
+    total: int,
+    shape: str | float = "cubic",
+) -> int:
+    """b(t) in whole triplets, rounded down; arguments as in `reference_surplus`."""
     surplus = reference_surplus(
-        step, initial_budget=initial_budget, target_budget=target_budget, warmup=warmup, final=final, total=total
+        step,
+        initial_budget=initial_budget,
+        target_budget=target_budget,
+        warmup=warmup,
+        final=final,
+        total=total,
+        shape=shape,
     )
     return target_budget + math.floor(surplus)
 

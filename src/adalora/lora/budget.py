@@ -10,13 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from adalora.config import AdaLoraConfig
+from adalora.config import BUDGET_FIELDS, AdaLoraConfig
 from adalora.core.allocation import allocate
 from adalora.core.knapsack import allocate_costs
 from adalora.errors import ConfigError
+from adalora.lora.module_names import by_name, limits
 from adalora.lora.triplets import TripletHandle
 
 Unit = Literal["triplets", "parameters", "bytes"]
+NO_CAP = 2**31  # above every rank
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Budget:
         target: b_T; the groups' targets sum to it.
         groups: All modules, each in one group.
         min_rank: Floor of each module.
-        max_rank: Cap of each module.
+        max_rank: Cap of each module, `NO_CAP` where none is set.
     """
 
     unit: Unit
@@ -53,8 +55,8 @@ class Budget:
     initial: int
     target: int
     groups: tuple[Group, ...]
-    min_rank: int
-    max_rank: int | None
+    min_rank: tuple[int, ...]
+    max_rank: tuple[int, ...]
 
     def deal(self, scores: Tensor, ranks: Sequence[int], *, amount: int) -> Tensor:
         """Keep mask [n] for the scores [n] of all modules, one after the other, with `amount` to spend.
@@ -76,12 +78,12 @@ class Budget:
         return group.target + (group.initial - group.target) * surplus // (self.initial - self.target)
 
     def _deal_group(self, scores: Tensor, module: Tensor, *, amount: int) -> Tensor:
-        limits = {"min_rank": self.min_rank, "max_rank": self.max_rank}
+        bounds = {"min_rank": torch.tensor(self.min_rank)[module], "max_rank": torch.tensor(self.max_rank)[module]}
         numbered = torch.unique_consecutive(module, return_inverse=True)[1]
         if self.unit == "triplets":
-            return allocate(scores, numbered, budget=amount, **limits)  # type: ignore[arg-type]
+            return allocate(scores, numbered, budget=amount, **bounds)
         costs = torch.tensor(self.costs)[module]
-        return allocate_costs(scores, numbered, costs=costs, budget=amount, **limits)  # type: ignore[arg-type]
+        return allocate_costs(scores, numbered, costs=costs, budget=amount, **bounds)
 
     def triplets(self, amount: int) -> int:
         """About how many triplets an amount is: exact where triplets are counted."""
@@ -94,32 +96,54 @@ def make_budget(config: AdaLoraConfig, handles: Sequence[TripletHandle]) -> Budg
     """The config's budget for the layers of one adapter.
 
     Raises:
-        ConfigError: It leaves no triplet, is above what the LoraConfig starts with, or below what `min_rank` asks for.
+        ConfigError: It leaves no triplet, is above what the LoraConfig starts with, or below what `min_rank` asks for;
+            or a name in the config fits no module.
     """
     unit, costs = _costs(config, handles)
+    low, high = _limits(config, handles)
     initial = sum(cost * h.rank for cost, h in zip(costs, handles))
-    target = _target(config, handles, costs)
+    members = _members(config.budget_scope, handles)
+    own = _own_targets(config, members, costs)
+    target = sum(own.values()) if _of_groups_alone(config) else _target(config, handles, costs)
     if target > initial:
         raise ConfigError(_too_high(target, initial, unit=unit, handles=handles))
     if target < min(costs):
         raise ConfigError(_no_triplet(config, target, unit=unit, cheapest=min(costs), modules=len(handles)))
-    groups = _groups(config.budget_scope, handles, costs, target=target)
-    for group in groups:
-        floor = sum(costs[m] * min(config.min_rank, handles[m].rank) for m in group.modules)
-        if floor > group.target:
-            where = "" if len(groups) == 1 else f" in the {config.budget_scope} of {handles[group.modules[0]].name}"
-            raise ConfigError(
-                f"min_rank={config.min_rank} needs {floor} {unit}{where}, the budget has {group.target}: a smaller "
-                "min_rank or a larger budget"
-            )
+    full = {name: sum(costs[m] * handles[m].rank for m in modules) for name, modules in members.items()}
+    targets = _shares(full, own, target=target, unit=unit)
+    for name, modules in members.items():
+        floor = sum(costs[m] * min(low[m], handles[m].rank) for m in modules)
+        if floor > targets[name]:
+            raise ConfigError(_floor_message(config, floor, targets[name], unit=unit, first=handles[modules[0]].name))
     return Budget(
         unit=unit,
         costs=tuple(costs),
         initial=initial,
         target=target,
-        groups=groups,
-        min_rank=config.min_rank,
-        max_rank=config.max_rank,
+        groups=tuple(Group(tuple(modules), full[name], targets[name]) for name, modules in members.items()),
+        min_rank=low,
+        max_rank=high,
+    )
+
+
+def _limits(config: AdaLoraConfig, handles: Sequence[TripletHandle]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Floor and cap of each module."""
+    names = [h.name for h in handles]
+    low = [value or 0 for value in limits("min_rank", config.min_rank, names)]
+    high = [NO_CAP if cap is None else cap for cap in limits("max_rank", config.max_rank, names)]
+    for name, floor, cap in zip(names, low, high):
+        if floor > cap:
+            raise ConfigError(f"{name}: max_rank={cap} is below min_rank={floor}: raise the one or lower the other")
+    if not any(high):
+        raise ConfigError(f"max_rank={config.max_rank} leaves no triplet in {len(handles)} modules: allow some module")
+    return tuple(low), tuple(high)
+
+
+def _floor_message(config: AdaLoraConfig, floor: int, budget: int, *, unit: str, first: str) -> str:
+    where = "" if config.budget_scope == "global" else f" in the {config.budget_scope} of {first}"
+    return (
+        f"min_rank={config.min_rank} needs {floor} {unit}{where}, the budget has {budget}: a smaller "
+        "min_rank or a larger budget"
     )
 
 
@@ -156,22 +180,67 @@ def _too_high(target: int, initial: int, *, unit: str, handles: Sequence[Triplet
 
 def _no_triplet(config: AdaLoraConfig, target: int, *, unit: str, cheapest: int, modules: int) -> str:
     if unit == "triplets":
-        return f"target_rank={config.target_rank} leaves no triplet in {modules} modules"
+        name = next((name for name in BUDGET_FIELDS if getattr(config, name) is not None), "group_budgets")
+        return f"{name}={getattr(config, name)} leaves no triplet in {modules} modules"
     return f"a budget of {target} {unit} buys no triplet: the cheapest of {modules} modules takes {cheapest}"
 
 
-def _groups(scope: str, handles: Sequence[TripletHandle], costs: list[int], *, target: int) -> tuple[Group, ...]:
-    """Modules by `budget_scope`, with shares in proportion to what they start with; remainders to the largest ones."""
+def _members(scope: str, handles: Sequence[TripletHandle]) -> dict[str, list[int]]:
+    """Numbers of the modules of each group."""
     members: dict[str, list[int]] = {}
     for number, h in enumerate(handles):
         members.setdefault(group_name(h.name, scope), []).append(number)
-    initial = {name: sum(costs[m] * handles[m].rank for m in modules) for name, modules in members.items()}
-    total = sum(initial.values())
-    shares = {name: target * amount // total for name, amount in initial.items()}
-    by_remainder = sorted(initial, key=lambda name: -(target * initial[name] % total))
-    for name in by_remainder[: target - sum(shares.values())]:
+    return members
+
+
+def _of_groups_alone(config: AdaLoraConfig) -> bool:
+    """Whether the model's budget is the sum of its groups'."""
+    return config.group_budgets is not None and all(getattr(config, name) is None for name in BUDGET_FIELDS)
+
+
+def _own_targets(config: AdaLoraConfig, members: dict[str, list[int]], costs: list[int]) -> dict[str, int]:
+    """Targets of the groups that have a budget of their own; an average rank costs what a LoRA of it does."""
+    if config.group_budgets is None:
+        return {}
+    averages = dict(zip(members, by_name("group_budgets", config.group_budgets, list(members))))
+    missing = [name for name, average in averages.items() if average is None]
+    if missing and _of_groups_alone(config):
+        raise ConfigError(
+            f"group_budgets has nothing for {', '.join(map(repr, missing))}: add them, or target_rank=… for the "
+            "whole model, of which they share the rest"
+        )
+    return {
+        name: round(average * sum(costs[m] for m in members[name]))
+        for name, average in averages.items()
+        if average is not None
+    }
+
+
+def _shares(full: dict[str, int], own: dict[str, int], *, target: int, unit: str) -> dict[str, int]:
+    """Target of each group: its own, or a part of the rest in proportion to what it starts with.
+
+    Remainders go to the largest ones.
+    """
+    for name, amount in own.items():
+        if amount > full[name]:
+            raise ConfigError(
+                f"group_budgets gives {name!r} {amount} {unit}, it starts with {full[name]}: a larger r in LoraConfig "
+                "or a smaller budget"
+            )
+    rest = target - sum(own.values())
+    sharing = {name: amount for name, amount in full.items() if name not in own}
+    total = sum(sharing.values())
+    if not 0 <= rest <= total:
+        others = f" and the other groups take {total} at most" if total else ""
+        raise ConfigError(
+            f"group_budgets gives {sum(own.values())} {unit}{others}, the model's budget is {target}: leave the "
+            "model's budget out or change it"
+        )
+    shares = {name: rest * amount // total for name, amount in sharing.items()}
+    by_remainder = sorted(sharing, key=lambda name: -(rest * sharing[name] % total))
+    for name in by_remainder[: rest - sum(shares.values())]:
         shares[name] += 1
-    return tuple(Group(tuple(modules), initial[name], shares[name]) for name, modules in members.items())
+    return {**shares, **own}
 
 
 def group_name(module: str, scope: str) -> str:

@@ -6,18 +6,21 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import LoraVariant
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from adalora.lora.fused import fused_lora
 
 # Attribute of a layer: adapter name -> which triplets take part in training, [r] bool (nested training).
 DROPPED = "adalora_dropped"
 
 
 class TripletVariant(LoraVariant):
-    """Plain LoRA with one fused product: result + (s·dropout(x) Qᵀ) Pᵀ.
+    """Plain LoRA in one fused function: result + s·dropout(x) Qᵀ Pᵀ.
 
-    PEFT's own forward makes three tensors of the layer's output size (product, scaled product, sum); this one makes
-    one. Merging is plain LoRA's.
+    PEFT's own forward makes three more tensors of the layer's output size (product, scaled product, sum); this one
+    adds into the one that is there. Where it is not certain that this is the same, the modules are called as PEFT
+    does. Merging is plain LoRA's.
     """
 
     @staticmethod
@@ -42,12 +45,68 @@ class TripletVariant(LoraVariant):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Base output plus the adapter's part, same shape as `result`."""
-        Q_ri = module.lora_A[active_adapter].weight
-        P_or = module.lora_B[active_adapter].weight
-        h = functional.linear(module.lora_dropout[active_adapter](x), Q_ri) * module.scaling[active_adapter]
-        if module.training and (live := getattr(module, DROPPED, {}).get(active_adapter)) is not None:
-            h = h * live
-        if h.dtype != result.dtype or P_or.dtype != h.dtype:
-            return result + functional.linear(h, P_or)
-        rows = torch.addmm(result.reshape(-1, result.shape[-1]), h.reshape(-1, h.shape[-1]), P_or.T)
-        return rows.view(result.shape)
+        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        dropout, scale = module.lora_dropout[active_adapter], module.scaling[active_adapter]
+        live = getattr(module, DROPPED, {}).get(active_adapter) if module.training else None
+        Q_ri, P_or = A.weight, B.weight
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if autocast and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            narrow = x.to(dtype), Q_ri.to(dtype), P_or.to(dtype)
+        else:
+            narrow = x, Q_ri, P_or
+        if not _fusable(A, B, dropout, narrow, result):
+            h = A(dropout(x)) * scale
+            return cast(Tensor, result + B(h if live is None else h * live))
+        base = module.base_layer if _is_first(module, active_adapter) and _is_plain(module.base_layer) else None
+        return fused_lora(
+            narrow[0],
+            result,
+            narrow[1],
+            narrow[2] if live is None else narrow[2] * live,
+            scale=scale,
+            dropout=getattr(dropout, "p", 0.0) if dropout.training else 0.0,
+            weight_oi=None if base is None or autocast else _frozen_weight(base, x),
+            in_place=base is not None,
+        )
+
+
+def _fusable(A: Any, B: Any, dropout: Any, operands: tuple[Tensor, ...], result: Tensor) -> bool:
+    """Whether `fused_lora` computes what the modules would, whoever else has a hand in them."""
+    x, Q_ri, P_or = operands
+    return (
+        not torch.compiler.is_compiling()  # the compiler fuses by itself
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and _is_plain(A)
+        and _is_plain(B)
+        and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p < 1))
+        and x.dtype == Q_ri.dtype == P_or.dtype
+        and (result.dtype == x.dtype or torch.promote_types(result.dtype, x.dtype) == x.dtype)
+        and type(x) is type(result) is Tensor
+    )
+
+
+def _is_plain(layer: Any) -> bool:
+    """A Linear that is nothing but a product: no hook sees or changes what goes in or comes out."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) in (nn.Parameter, Tensor)  # no DTensor, no quantised tensor
+        and "forward" not in layer.__dict__  # accelerate puts its own there
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+    )
+
+
+def _is_first(module: Any, adapter: str) -> bool:
+    """Whether `result` is the base layer's own output and not yet another adapter's sum."""
+    if len(module.lora_A) == 1:
+        return True
+    return next((name for name in module.active_adapters if name in module.lora_A), None) == adapter
+
+
+def _frozen_weight(base: nn.Linear, x: Tensor) -> Tensor | None:
+    """The base weight, if the layer trains nothing and worked on x as it is."""
+    weight = base.weight
+    trained = weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+    return weight if not trained and weight.dtype == x.dtype and weight.device == x.device else None

@@ -6,10 +6,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from adalora.core.initialization import balance
-from adalora.core.orthogonality import relative_error, squared_gradient
+from adalora.core.orthogonality import relative_error
 from adalora.lora.optimizer_state import turn_state
 from adalora.lora.triplets import TripletHandle
 
@@ -21,33 +22,60 @@ def decoupled_step(handles: Sequence[TripletHandle], *, weight: float, learning_
     R is scale-free: Q's rows are asked for length ρ and right angles, P's columns, which carry the singular values,
     for right angles alone. Layers of one shape go through together.
     """
-    _step_group(_by_shape(handles, left=True), weight=weight * learning_rate, left=True)
-    _step_group(_by_shape(handles, left=False), weight=weight * learning_rate, left=False)
+    size = 4 * weight * learning_rate  # 4 from the gradient of a square
+    for group in _by_length(handles, left=True):
+        _step_left([h.P_or for h in group], size=size)
+    for group in _by_length(handles, left=False):
+        _step_right([h.Q_ri for h in group], [h.row_norm**2 for h in group], size=size)
 
 
-def _by_shape(handles: Sequence[TripletHandle], *, left: bool) -> list[list[TripletHandle]]:
-    groups: dict[tuple[torch.Size, torch.device], list[TripletHandle]] = defaultdict(list)
+def _by_length(handles: Sequence[TripletHandle], *, left: bool) -> list[list[TripletHandle]]:
+    """Layers whose vectors have one length, d_out or d_in, whatever their ranks: few groups, also after compaction."""
+    groups: dict[tuple[int, torch.device, torch.dtype], list[TripletHandle]] = defaultdict(list)
     for h in handles:
         if h.rank > 1:
-            tensor = h.P_or if left else h.Q_ri
-            groups[tensor.shape, tensor.device].append(h)
+            factor = h.P_or if left else h.Q_ri
+            groups[factor.shape[0 if left else 1], factor.device, factor.dtype].append(h)
     return list(groups.values())
 
 
-def _step_group(groups: list[list[TripletHandle]], *, weight: float, left: bool) -> None:
-    for group in groups:
-        vectors = torch.stack([(h.P_or.T if left else h.Q_ri).float() for h in group])
-        if left:
-            # Relative to the longest column: the step is the same whatever the adapter's size.
-            unit = vectors.square().sum(dim=2).amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-            step = squared_gradient(vectors, squared_norm=None)
-        else:
-            unit = torch.tensor([h.row_norm**2 for h in group], device=vectors.device)
-            step = squared_gradient(vectors / unit.sqrt().view(-1, 1, 1), squared_norm=1.0)
-            step, unit = step * unit.sqrt().view(-1, 1, 1), torch.ones_like(unit)
-        step = step * (weight / unit).view(-1, 1, 1)
-        for h, change in zip(group, step):
-            (h.P_or.T if left else h.Q_ri).sub_(change.to(h.P_or.dtype))
+def _stack(factors: list[Tensor]) -> Tensor:
+    """Matrices of one height or width as one fp32 tensor, [k, ...], filled up with zeros."""
+    shapes = {factor.shape for factor in factors}
+    if len(shapes) == 1:
+        return torch.stack(factors).float()
+    rows, columns = (max(sizes) for sizes in zip(*shapes))
+    stack = torch.zeros(len(factors), rows, columns, device=factors[0].device)
+    torch._foreach_copy_(_parts(stack, factors), factors)
+    return stack
+
+
+def _parts(stack: Tensor, factors: list[Tensor]) -> list[Tensor]:
+    """Views of a stack, each of its factor's own shape."""
+    return [row[: f.shape[0], : f.shape[1]] for row, f in zip(stack.unbind(), factors)]
+
+
+def _step_left(factors: list[Tensor], *, size: float) -> None:
+    """P -= size · P (PᵀP - diag) / max ‖P_i‖²: relative to the longest column, whatever the adapter's size."""
+    P_kor = _stack(factors)
+    gram_krr = P_kor.transpose(1, 2) @ P_kor
+    lengths_kr = gram_krr.diagonal(dim1=1, dim2=2)
+    longest_k = lengths_kr.amax(dim=1).clamp_min_(torch.finfo(torch.float32).tiny)
+    lengths_kr.zero_()
+    _subtract(factors, P_kor @ gram_krr.div_(longest_k.view(-1, 1, 1)), size=size)
+
+
+def _step_right(factors: list[Tensor], squared_norms: list[float], *, size: float) -> None:
+    """Q -= size · (QQᵀ/ρ² - I) Q."""
+    Q_kri = _stack(factors)
+    gram_krr = Q_kri @ Q_kri.transpose(1, 2)
+    torch._foreach_div_(list(gram_krr.unbind()), squared_norms)
+    gram_krr.diagonal(dim1=1, dim2=2).sub_(1)
+    _subtract(factors, gram_krr @ Q_kri, size=size)
+
+
+def _subtract(factors: list[Tensor], steps: Tensor, *, size: float) -> None:
+    torch._foreach_sub_(factors, _parts(steps.to(factors[0].dtype), factors), alpha=size)
 
 
 @torch.no_grad()
@@ -71,12 +99,16 @@ def hand_over(handle: TripletHandle, optimizer: Optimizer | None) -> None:
 
 
 def orthogonality_error(handles: Sequence[TripletHandle]) -> float:
-    """Root mean square cosine between different vectors, over all P and Q; 0 is orthogonal."""
-    errors = [
-        relative_error(vectors.float().unsqueeze(0))
-        for h in handles
-        if h.rank > 1
-        for vectors in (h.P_or.T[h.mask], h.Q_ri[h.mask])
-        if len(vectors) > 1
-    ]
-    return float(torch.cat(errors).square().mean().sqrt()) if errors else 0.0
+    """Root mean square cosine between different live vectors, over all P and Q of rank 2 or more; 0 is orthogonal."""
+    errors: list[Tensor] = []
+    several: list[bool] = []
+    for left in (True, False):
+        for group in _by_length(handles, left=left):
+            # A vector of zeros counts as none: so pruned ones are left out.
+            vectors = _stack([h.P_or.T if left else h.Q_ri for h in group])
+            live = _stack([h.mask.unsqueeze(1) for h in group]).to(vectors.device)
+            errors.append(relative_error(vectors.mul_(live)).cpu())
+            several += [h.live_rank > 1 for h in group]
+    if True not in several:
+        return 0.0
+    return float(torch.cat(errors)[torch.tensor(several)].square().mean().sqrt())

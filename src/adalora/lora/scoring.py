@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from adalora.config import AdaLoraConfig
-from adalora.core.importance import SmoothedImportance, left_products, right_products
+from adalora.core.importance import SmoothedImportance, left_products, right_products, step_weights
 from adalora.lora.triplets import TripletHandle
 
-AVERAGED = {"sensitivity_uncertainty", "ratio", "sensitivity", "lambda_sensitivity"}
+StepWeights: TypeAlias = dict[torch.device, tuple[Tensor, Tensor]]
 
 
 class Scorer:
@@ -23,8 +26,8 @@ class Scorer:
     def __init__(self, handles: Sequence[TripletHandle], config: AdaLoraConfig) -> None:
         self.handles = list(handles)
         self.config = config
+        self._skipped: list[int | Tensor] = []
         self.observed = 0
-        self.skipped = 0
         self._left: dict[tuple[int, ...], _Left] = {}
         self._right: dict[tuple[int, ...], _Right] = {}
         self._random = torch.Generator().manual_seed(config.seed)
@@ -32,7 +35,26 @@ class Scorer:
     @property
     def needs_averages(self) -> bool:
         """Whether the score is built on gradients; magnitudes are not."""
-        return self.config.importance in AVERAGED
+        return self.config.needs_gradients
+
+    @property
+    def skipped(self) -> int:
+        """Steps left out of the averages, for a gradient that was not finite or none at all; waits for the device."""
+        total = sum(int(steps) for steps in self._skipped)
+        self._skipped = [total]
+        return total
+
+    @skipped.setter
+    def skipped(self, steps: int) -> None:
+        self._skipped = [steps]
+
+    def _skip(self, step: int | Tensor) -> None:
+        """Count 0 or 1 steps, on the device that knows; the host asks only for `skipped`."""
+        last = self._skipped[-1] if self._skipped else None
+        if isinstance(step, Tensor) and isinstance(last, Tensor) and last.device == step.device:
+            last.add_(step)
+        else:
+            self._skipped.append(step)
 
     def reset(self) -> None:
         """Forget the averages and free their memory."""
@@ -41,7 +63,7 @@ class Scorer:
     def skip(self) -> None:
         """Count a step that moved no weight."""
         self.observed += 1
-        self.skipped += 1
+        self._skip(1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages of every layer, by module name, and the state of the random scores."""
@@ -99,23 +121,20 @@ class Scorer:
             return
         self.observed += 1
         gradients = [p.grad for h in self.handles if h.rank for p, _ in h.factors.values() if p.grad is not None]
-        # In float16 the norm itself would overflow.
-        wide = [g if g.dtype in (torch.float32, torch.float64) else g.float() for g in gradients]
-        norms = torch._foreach_norm(wide) if wide else []
-        if not gradients or not bool(torch.stack([n.to(norms[0].device) for n in norms]).isfinite().all()):
-            self.skipped += 1
+        if not gradients:
+            self._skip(1)
             return
         if not self._left:
             self._build()
-        averaging = {
-            "beta1": self.config.sensitivity_beta,
-            "beta2": self.config.uncertainty_beta,
-            "unscale": 1 / loss_scale,
-        }
+        finite = _all_finite(gradients)
+        self._skip((~finite).int())
+        betas = {"beta1": self.config.sensitivity_beta, "beta2": self.config.uncertainty_beta}
+        devices = {gradient.device for gradient in gradients}
+        weights = {device: step_weights(finite.to(device, non_blocking=True), **betas) for device in devices}
         for left in self._left.values():
-            left.observe(**averaging)
+            left.observe(weights=weights, unscale=1 / loss_scale, **betas)
         for right in self._right.values():
-            right.observe(**averaging)
+            right.observe(weights=weights, unscale=1 / loss_scale, **betas)
 
     def scores(self) -> Tensor:
         """S for every triplet of every layer, layer after layer, [n], on the CPU."""
@@ -127,20 +146,24 @@ class Scorer:
             return torch.cat([measure(h).cpu() for h in self.handles if h.rank] or [torch.empty(0)])
         if not self._left:
             self._build()
-        parts: list[Tensor] = [torch.empty(0)] * len(self.handles)
-        elementwise = "sensitivity" if kind == "lambda_sensitivity" else kind
+        scores = torch.zeros(sum(h.rank for h in self.handles))
+        elementwise = self.config.registered_importance() or ("sensitivity" if kind == "lambda_sensitivity" else kind)
         for left in self._left.values():
-            score_lambda, score_P = left.weights.score(elementwise), left.factors.score(elementwise)
-            for k, number in enumerate(left.members):
-                parts[number] = score_lambda[k]
-                if kind != "lambda_sensitivity":
-                    parts[number] = parts[number] + score_P[k].mean(dim=0)
+            score_kr = left.weights.score(elementwise)
+            if kind != "lambda_sensitivity":
+                score_kr += left.factors.score(elementwise).mean(dim=1)
+            scores.index_add_(0, self._positions(left.members), score_kr.flatten().cpu())
         if kind != "lambda_sensitivity":
             for right in self._right.values():
-                score_Q = right.factors.score(elementwise).mean(dim=2)
-                for k, number in enumerate(right.members):
-                    parts[number] = parts[number] + score_Q[k]
-        return torch.cat([part.cpu() for part in parts])
+                score_kr = right.factors.score(elementwise).mean(dim=2)
+                scores.index_add_(0, self._positions(right.members), score_kr.flatten().cpu())
+        return scores
+
+    def _positions(self, members: list[int]) -> Tensor:
+        """Where the triplets of some layers stand among all, [k · r], int64."""
+        starts = list(itertools.accumulate((h.rank for h in self.handles), initial=0))
+        rank = self.handles[members[0]].rank
+        return (torch.tensor(starts)[members].unsqueeze(1) + torch.arange(rank)).flatten()
 
     def _build(self) -> None:
         for number, h in enumerate(self.handles):
@@ -181,18 +204,18 @@ class _Left:
         self.factors = SmoothedImportance.zeros_like(stack)
         self.weights = SmoothedImportance.zeros_like(stack[:, 0])
 
-    def observe(self, *, beta1: float, beta2: float, unscale: float) -> None:
+    def observe(self, *, beta1: float, beta2: float, unscale: float, weights: StepWeights) -> None:
         present = _present(self.handles, lambda h: h.P_parameter.grad)
         if not present:
             return
         handles = [self.handles[k] for k in present]
         P = torch.stack([h.P_or for h in handles])
         gradient = torch.stack([h.as_P(_gradient(h.P_parameter)) for h in handles])
-        product, weights = left_products(P, _unscaled(gradient, unscale))
+        product, totals = left_products(P, _unscaled(gradient, unscale))
         if handles[0].lambda_parameter is not None:
-            weights = _unscaled(torch.stack([_lambda_product(h) for h in handles]), unscale)
-        _update(self.factors, product, present, beta1=beta1, beta2=beta2)
-        _update(self.weights, weights, present, beta1=beta1, beta2=beta2)
+            totals = _unscaled(torch.stack([_lambda_product(h) for h in handles]), unscale)
+        _update(self.factors, product, present, beta1=beta1, beta2=beta2, weights=weights)
+        _update(self.weights, totals, present, beta1=beta1, beta2=beta2, weights=weights)
 
 
 class _Right:
@@ -205,14 +228,15 @@ class _Right:
         self.handles = handles
         self.factors = SmoothedImportance.zeros_like(torch.stack([h.Q_ri for h in handles]))
 
-    def observe(self, *, beta1: float, beta2: float, unscale: float) -> None:
+    def observe(self, *, beta1: float, beta2: float, unscale: float, weights: StepWeights) -> None:
         present = _present(self.handles, lambda h: h.Q_parameter.grad)
         if not present:
             return
         handles = [self.handles[k] for k in present]
         Q = torch.stack([h.Q_ri for h in handles])
         gradient = torch.stack([h.as_Q(_gradient(h.Q_parameter)) for h in handles])
-        _update(self.factors, right_products(Q, _unscaled(gradient, unscale)), present, beta1=beta1, beta2=beta2)
+        product = right_products(Q, _unscaled(gradient, unscale))
+        _update(self.factors, product, present, beta1=beta1, beta2=beta2, weights=weights)
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:
@@ -238,12 +262,38 @@ def _present(handles: list[TripletHandle], gradient: Callable[[TripletHandle], T
     return [k for k, h in enumerate(handles) if gradient(h) is not None]
 
 
-def _update(average: SmoothedImportance, product: Tensor, present: list[int], *, beta1: float, beta2: float) -> None:
+def _all_finite(gradients: list[Tensor]) -> Tensor:
+    """Whether no gradient has an infinity or NaN, 0-dim bool, on the device of the first; nobody waits for it.
+
+    Norms are fp32 at least: in float16 they would overflow.
+    """
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        alike[gradient.device, gradient.dtype].append(gradient)
+    flags = [
+        torch.stack(torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))).isfinite().all()
+        for (_, dtype), group in alike.items()
+    ]
+    if len(flags) == 1:
+        return flags[0]
+    return torch.stack([flag.to(flags[0].device, non_blocking=True) for flag in flags]).all()
+
+
+def _update(
+    average: SmoothedImportance,
+    product: Tensor,
+    present: list[int],
+    *,
+    beta1: float,
+    beta2: float,
+    weights: StepWeights,
+) -> None:
     """Update the rows `present` of a stack; the others keep what they had."""
+    averaging: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "weights": weights[product.device]}
     if len(present) == len(average.sensitivity):
-        average.update(product, beta1=beta1, beta2=beta2)
+        average.update(product, **averaging)
         return
     part = SmoothedImportance(average.sensitivity[present], average.uncertainty[present])
-    part.update(product, beta1=beta1, beta2=beta2)
+    part.update(product, **averaging)
     average.sensitivity[present] = part.sensitivity
     average.uncertainty[present] = part.uncertainty

@@ -41,6 +41,7 @@ class TripletHandle:
     mask: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     row_norm: float = 0.0
     parked: dict[str, Any] = field(default_factory=dict)
+    _counted: tuple[Tensor | None, int, int] = field(default=(None, 0, 0), repr=False)
 
     def __post_init__(self) -> None:
         self.mask = torch.ones(self.rank, dtype=torch.bool)
@@ -137,7 +138,11 @@ class TripletHandle:
     @property
     def live_rank(self) -> int:
         """Triplets not pruned."""
-        return int(self.mask.sum())
+        seen, version, live = self._counted
+        if seen is not self.mask or version != self.mask._version:  # counted once a mask, not at every step
+            live = sum(self.mask.tolist())
+            self._counted = (self.mask, self.mask._version, live)
+        return live
 
     @property
     def scale(self) -> float:
@@ -153,15 +158,6 @@ class TripletHandle:
     def parameters_per_triplet(self) -> int:
         """d_out + d_in: what one triplet costs in the saved adapter."""
         return self.d_out + self.d_in
-
-    def zero_pruned(self) -> None:
-        """Set λ of masked triplets to 0; P and Q keep the directions from which a triplet may grow again."""
-        if self.rank and not bool(self.mask.all()):
-            weights = self.lambda_parameter
-            if weights is None:
-                self.P_or[:, ~self.mask] = 0
-            else:
-                weights.detach()[~self.mask] = 0
 
     def describe(self) -> dict[str, Any]:
         """The module's line in the history."""
@@ -238,7 +234,7 @@ def _refuse_unsupported(name: str, layer: Any, adapter: str) -> None:
     if getattr(base, "groups", 1) != 1:
         raise AttachError(
             f"{name}: convolution with groups={base.groups}: LoRA's rank must stay a multiple of it, so single "
-            "triplets cannot be pruned; leave it out of target_modules"
+            "triplets cannot be pruned, and PEFT cannot merge it; leave it out of target_modules"
         )
     factors = [*layer.lora_A.parameters(), *layer.lora_embedding_A.parameters()]
     if any(p.is_meta for p in factors):

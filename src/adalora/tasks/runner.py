@@ -28,6 +28,7 @@ from adalora.tasks.outputs import (
     ADAPTER,
     HISTORY,
     METRICS,
+    PRUNED,
     RECIPE,
     REPORT,
     WORK,
@@ -130,6 +131,7 @@ def run_recipe(
     adaptive = None
     if recipe.adalora is not None:
         adaptive = AdaLoraCallback(recipe.adalora, history=history, thresholds=recipe.diagnostics)
+        adaptive.pruned = folder / PRUNED if first and recipe.training.keep_pruned else None
         adaptive.resume_hint = f"adalora train {folder / RECIPE} --resume"
     trainer = make_trainer(recipe, task, model=model, processor=processor, splits=splits)
     for callback in hooks.callbacks(model) if hooks.callbacks else ():

@@ -1,0 +1,149 @@
+"""The models and methods that are compared: shapes of real models with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig as PeftAdaLoraConfig
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+import adalora
+
+BERT_LINEARS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LEARNING_RATE = 1e-3
+METHODS = ("lora", "peft_adalora", "ours")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Layers and widths of a model, and what it is fed."""
+
+    name: str
+    layers: int = 6
+    hidden: int = 384
+    heads: int = 12
+    intermediate: int = 1536
+    llama: bool = False
+    batch: int = 8
+    length: int = 64
+
+    @property
+    def modules(self) -> int:
+        """Adapted Linears."""
+        return self.layers * (len(LLAMA_LINEARS) if self.llama else len(BERT_LINEARS))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step."""
+        return self.batch * self.length
+
+
+MINILM = Shape("MiniLM")
+BERT_BASE = Shape("BERT-base", layers=12, hidden=768, intermediate=3072)
+# For counts alone, which do not depend on widths: the depth and the Linears of a Llama of 1B, narrow.
+LLAMA_1B_NARROW = Shape("Llama-1B", layers=16, hidden=64, heads=4, intermediate=128, llama=True, batch=2, length=8)
+
+
+def base_model(shape: Shape, *, seed: int = 0) -> torch.nn.Module:
+    """A model of this shape."""
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.intermediate,
+        "vocab_size": 1000,
+        "max_position_embeddings": max(512, shape.length),
+    }
+    if shape.llama:
+        return LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False))
+    return BertForSequenceClassification(BertConfig(**sizes))
+
+
+@dataclass
+class Training:
+    """One method on one model, a step at a time."""
+
+    method: str
+    shape: Shape
+    model: Any
+    optimizer: torch.optim.Optimizer
+    after_step: Callable[[], None]
+    controller: Any = None
+    dtype: torch.dtype = torch.float32
+
+    def batch(self, step: int) -> dict[str, torch.Tensor]:
+        """Random words, the same for every method."""
+        generator = torch.Generator().manual_seed(step)
+        words = torch.randint(0, 1000, (self.shape.batch, self.shape.length), generator=generator)
+        labels = words if self.shape.llama else words[:, 0] % 2
+        return {"input_ids": words, "attention_mask": torch.ones_like(words), "labels": labels}
+
+    def gradients(self, step: int) -> None:
+        """Forward and backward."""
+        self.model(**self.batch(step)).loss.backward()
+
+    def step(self, step: int) -> None:
+        """A whole training step."""
+        self.gradients(step)
+        self.optimizer.step()
+        self.after_step()
+        self.optimizer.zero_grad()
+
+    def skip_to(self, phase: str) -> None:
+        """Train on next to nothing until ours is in a phase; others do nothing."""
+        small = replace(self, shape=replace(self.shape, batch=1, length=4))
+        while self.controller is not None and (
+            self.controller.phase != phase
+            or (phase == "final" and self.controller.schedule.allocates(self.controller.step))
+        ):
+            small.step(0)
+
+
+def training(
+    method: str, shape: Shape, *, rank: int = 8, steps: int = 1000, dropout: float = 0.0, **options: Any
+) -> Training:
+    """A method ready to train.
+
+    Args:
+        method: "lora" (PEFT's, of the target rank), "peft_adalora" or "ours" (both from 1.5 times the rank).
+        shape: The model.
+        rank: Target rank.
+        steps: Length of the run: 12 % warm-up, 40 % decrease, 48 % final phase.
+        dropout: Of the adapter.
+        **options: For `adalora.attach`.
+    """
+    base = base_model(shape)
+    targets = LLAMA_LINEARS if shape.llama else BERT_LINEARS
+    initial = rank + rank // 2
+    if method == "peft_adalora":
+        interval = options.get("allocation_interval", max(1, steps // 100))
+        config: Any = PeftAdaLoraConfig(
+            init_r=initial,
+            target_r=rank,
+            tinit=round(0.12 * steps),
+            tfinal=round(0.48 * steps),
+            deltaT=interval,
+            total_step=steps,
+            lora_alpha=2 * rank,
+            lora_dropout=dropout,
+            target_modules=targets,
+        )
+    else:
+        config = LoraConfig(
+            r=rank if method == "lora" else initial, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets
+        )
+    model = get_peft_model(base, config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    run = Training(method, shape, model, optimizer, lambda: None)
+    if method == "ours":  # its own hook on the optimizer does the rest
+        run.controller = adalora.attach(model, target_rank=rank, total_steps=steps, **options)
+    elif method == "peft_adalora":
+        taken = iter(range(10**9))
+        run.after_step = lambda: model.base_model.update_and_allocate(next(taken))
+    return run

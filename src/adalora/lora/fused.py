@@ -1,0 +1,155 @@
+"""LoRA's part of a Linear layer as one autograd function: fewest products, fewest tensors kept.
+
+Shape suffixes: n rows of the flattened input, i = d_in, o = d_out, r triplets. Activations of size r are kept as
+[r, n]: thin products run several times faster on a CPU when the thin side comes first.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def fused_lora(
+    x: Tensor,
+    base: Tensor,
+    Q_ri: Tensor,
+    P_or: Tensor,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    weight_oi: Tensor | None = None,
+    in_place: bool = False,
+) -> Tensor:
+    """Base + scale · dropout(x) Qᵀ Pᵀ, keeping only x, the dropout's mask as bytes and the product of size r.
+
+    Gradients of any order. x, Q and P have one type; the caller sees to autocast.
+
+    Args:
+        x: Input, [..., d_in].
+        base: Output of the layer without LoRA, [..., d_out], of the type of x or a narrower one.
+        Q_ri: `lora_A`'s weight, [r, d_in].
+        P_or: `lora_B`'s weight, [d_out, r].
+        scale: s.
+        dropout: Probability of a zero, 0 <= dropout < 1. A seed gives the same zeros as `torch.nn.Dropout`.
+        weight_oi: The base weight W, [d_out, d_in], where `base` is x Wᵀ + bias and nothing in it is trained: the
+            gradient of x is then made in one sum, and autograd leaves the base layer out.
+        in_place: The sum may overwrite `base`.
+
+    Returns:
+        [..., d_out], of the type of x.
+    """
+    if weight_oi is not None:
+        base = base.detach()
+    function = cast(Any, _FusedLora)
+    return cast(Tensor, function.apply(x, base, Q_ri, P_or, weight_oi, scale, dropout, in_place))
+
+
+class _Dropped(NamedTuple):
+    """Rows with zeros, the mask, and the factors that are still to be applied to h and to what comes back."""
+
+    rows_ni: Tensor
+    mask_ni: Tensor | None
+    forward_scale: float
+    backward_scale: float
+
+
+def _drop(rows_ni: Tensor, dropout: float) -> _Dropped:
+    if dropout == 0:
+        return _Dropped(rows_ni, None, 1.0, 1.0)
+    kept = 1 / (1 - dropout)
+    if rows_ni.is_cuda:  # as nn.Dropout there: one kernel, its own random numbers
+        rows_ni, mask_ni = torch.native_dropout(rows_ni, dropout, True)
+        return _Dropped(rows_ni, mask_ni, 1.0, kept)
+    noise = torch.empty_like(rows_ni, memory_format=torch.contiguous_format).bernoulli_(1 - dropout)
+    return _Dropped(rows_ni * noise, noise.to(torch.bool), kept, 1.0)
+
+
+class _FusedLora(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: Tensor,
+        Q_ri: Tensor,
+        P_or: Tensor,
+        weight_oi: Tensor | None,
+        scale: float,
+        dropout: float,
+        in_place: bool,
+    ) -> Tensor:
+        dropped = _drop(x.reshape(-1, x.shape[-1]), dropout)
+        h_rn = Q_ri.mm(dropped.rows_ni.t())
+        ctx.save_for_backward(x, dropped.mask_ni, h_rn, Q_ri, P_or, weight_oi)
+        ctx.scale, ctx.mask_scale, ctx.base_dtype = scale * dropped.forward_scale, dropped.backward_scale, base.dtype
+        if base.dtype != x.dtype:
+            base, in_place = base.to(x.dtype), True
+        if not (in_place and base.is_contiguous()):
+            rows_no = torch.addmm(base.reshape(-1, base.shape[-1]), h_rn.t(), P_or.t(), alpha=ctx.scale)
+            return rows_no.view(base.shape).detach()  # the next layer may change it in place: no view of rows_no
+        out = base.detach()  # the same memory, and no view either
+        out.view(-1, out.shape[-1]).addmm_(h_rn.t(), P_or.t(), alpha=ctx.scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Gradients:
+        (grad,) = grads
+        if torch.is_grad_enabled():
+            return _gradients_in_graph(ctx, grad)
+        with _no_autocast(grad):
+            return _gradients(ctx, grad)
+
+
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _gradients(ctx: Any, grad: Tensor) -> Gradients:
+    """Of x, base, Q and P. Factors ride on the products as `alpha`; with beta=0 `addmm` never reads its first input."""
+    x, mask_ni, h_rn, Q_ri, P_or, weight_oi = ctx.saved_tensors
+    for_x, for_base, for_Q, for_P = ctx.needs_input_grad[:4]
+    grad_no = grad.reshape(-1, grad.shape[-1])
+    grad_x = grad_Q = grad_P = None
+    if for_P:
+        grad_P = torch.addmm(P_or.t(), h_rn, grad_no, beta=0, alpha=ctx.scale).t()
+    mask = None if mask_ni is None else mask_ni.view(torch.uint8).to(x.dtype)
+    if for_Q or for_x:
+        grad_rn = torch.addmm(h_rn, P_or.t(), grad_no.t(), beta=0, alpha=ctx.scale * ctx.mask_scale)
+    if for_Q:
+        rows_ni = x.reshape(-1, x.shape[-1])
+        grad_Q = grad_rn.mm(rows_ni if mask is None else rows_ni * mask)
+    if for_x:
+        if weight_oi is None:
+            grad_x = grad_rn.t().mm(Q_ri)
+            grad_x = grad_x if mask is None else grad_x.mul_(mask)
+        elif mask is None:
+            grad_x = grad_no.mm(weight_oi).addmm_(grad_rn.t(), Q_ri)
+        else:
+            grad_x = grad_no.mm(weight_oi).addcmul_(grad_rn.t().mm(Q_ri), mask)
+        grad_x = grad_x.view(x.shape)
+    return grad_x, grad.to(ctx.base_dtype) if for_base else None, grad_Q, grad_P, None, None, None, None
+
+
+def _gradients_in_graph(ctx: Any, grad: Tensor) -> Gradients:
+    """The same for `create_graph=True`: in differentiable operations, from the inputs alone."""
+    x, mask_ni, _, Q_ri, P_or, weight_oi = ctx.saved_tensors
+    grad_no = grad.reshape(-1, grad.shape[-1])
+    rows_ni = x.reshape(-1, x.shape[-1])
+    mask = None if mask_ni is None else mask_ni.to(x.dtype) * ctx.mask_scale
+    rows_ni = rows_ni if mask is None else rows_ni * mask
+    grad_P = ctx.scale * (Q_ri.mm(rows_ni.t()).mm(grad_no)).t()
+    grad_rn = ctx.scale * P_or.t().mm(grad_no.t())
+    grad_x = grad_rn.t().mm(Q_ri)
+    grad_x = grad_x if mask is None else grad_x * mask
+    if weight_oi is not None:
+        grad_x = grad_x + grad_no.mm(weight_oi)
+    wanted = (grad_x.view(x.shape), grad.to(ctx.base_dtype), grad_rn.mm(rows_ni), grad_P)
+    return (*(g if needed else None for g, needed in zip(wanted, ctx.needs_input_grad)), None, None, None, None)
