@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: bench demo test check lint types imports format clean
+.PHONY: bench demo test check lint types imports format docs coverage wheel-test test-oldest test-newest clean
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +47,42 @@ imports: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Branches too; `htmlcov/` shows which were not taken.
+coverage: $(VENV)/.dev
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-report=html
+
+# What a user gets: the wheel alone, in an environment of its own, far from the sources. Its dependencies are those of
+# .venv, which are constraints.txt's; they are seen by path, and nothing of them is installed again.
+wheel-test: $(VENV)/.dev
+	@rm -rf build dist && mkdir -p dist
+	$(BIN)/pip wheel -q --no-deps --wheel-dir dist .
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	wheel=$$(ls "$(CURDIR)"/dist/adalora-*.whl); \
+	deps=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	$(BIN)/python -m venv "$$folder/env"; \
+	"$$folder/env/bin/pip" install -q --no-deps "$$wheel"; \
+	site=$$("$$folder/env/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	echo "$$deps" > "$$site/dependencies.pth"; \
+	cd "$$folder"; unset PYTHONPATH; export PATH="$$folder/env/bin:$$PATH"; \
+	adalora --version; \
+	adalora recipes; \
+	python "$(CURDIR)/tests/wheel_contents.py" "$$site"
+
+# The oldest and the newest of what pyproject.toml allows, each in an environment of its own.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q -c constraints-oldest.txt -e '.[metrics]' pytest hypothesis
+	.venv-oldest/bin/python -m pytest tests/core tests/lora tests/method tests/architectures tests/test_config.py \
+	  tests/test_controller.py tests/test_registry.py
+
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install -q --upgrade -e '.[dev]'
+	.venv-newest/bin/python -m pytest
 
 clean:
 	rm -rf build dist src/*.egg-info

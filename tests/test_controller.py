@@ -116,6 +116,34 @@ def test_training_unseen_warns():
         controller.finalize()
 
 
+def test_saving_what_was_trained_unseen_warns_once(tmp_path):
+    model = lora()
+    adalora.attach(model, target_rank=2, total_steps=10)
+    with torch.no_grad():
+        model.base_model.model.first.lora_B["default"].weight.add_(0.1)
+    with pytest.warns(AdaLoraWarning, match="saw no optimizer step"):
+        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)  # an error if it warned again
+
+
+def test_loading_weights_is_not_training():
+    other = lora()
+    with torch.no_grad():
+        other.base_model.model.first.lora_B["default"].weight.add_(0.1)
+    model = lora()
+    adalora.attach(model, target_rank=2, total_steps=10)
+    model.load_state_dict(other.state_dict())
+    model.state_dict()
+
+
+def test_the_end_of_the_process_tells_that_nothing_was_allocated():
+    model = lora()
+    controller = adalora.attach(model, target_rank=2, total_steps=1000)
+    train(model, adamw(model), steps=5)
+    with pytest.warns(AdaLoraWarning, match=r"attach\(model, total_steps=5\)"):
+        controller.warn_if_idle(over=True)
+
+
 def test_never_trained_is_silent():
     """A model that was only looked at needs no warning."""
     controller = adalora.attach(lora(), target_rank=2, total_steps=10)

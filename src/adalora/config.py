@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Annotated, Any, Literal, TypeAlias
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from adalora import plugins
 from adalora.errors import ConfigError
 
 Importance: TypeAlias = Literal[
@@ -58,10 +68,12 @@ class AdaLoraConfig(BaseModel):
         final: Span at the target budget (t_f).
         allocation_interval: Span between two allocations while the budget shrinks (ΔT).
         schedule: Shape of the decrease (Eq. 14 is `"cubic"`), or an exponent; `"step"` drops at the middle of
-            the decrease; `"constant"` never allocates (SVD-LoRA).
+            the decrease; `"constant"` never allocates (SVD-LoRA). Or a name that a package has registered
+            (`adalora.plugins`).
         released_schedule: Allocate at steps that ΔT divides, counted from the start of the run, and round b(t) in
             floating point, as the released code does: one triplet less where Eq. 14 is a whole number.
         importance: The triplet score (Eq. 9-13 is `"sensitivity_uncertainty"`). `"magnitude"` is |λ|·‖P‖·‖Q‖.
+            Or a name that a package has registered.
         sensitivity_beta: Smoothing of the sensitivity (β1 of Eq. 10).
         uncertainty_beta: Smoothing of the uncertainty (β2 of Eq. 11).
         score_gradient: The gradient in the score: what the optimizer got, the orthogonality term included
@@ -106,9 +118,9 @@ class AdaLoraConfig(BaseModel):
     warmup: Span = 0.12
     final: Span = 0.48
     allocation_interval: Span = 0.01
-    schedule: Schedule | float = "cubic"
+    schedule: Schedule | float | str = "cubic"
     released_schedule: bool = False
-    importance: Importance = "sensitivity_uncertainty"
+    importance: Importance | str = "sensitivity_uncertainty"
     sensitivity_beta: float = Field(default=0.85, gt=0, lt=1)
     uncertainty_beta: float = Field(default=0.85, gt=0, lt=1)
     score_gradient: Literal["total", "task"] = "total"
@@ -146,6 +158,19 @@ class AdaLoraConfig(BaseModel):
     @classmethod
     def _amount(cls, value: Any, info: ValidationInfo) -> Any:
         return _read_amount(value, of_bytes=info.field_name == "adapter_bytes") if isinstance(value, str) else value
+
+    @field_validator("importance", "schedule")
+    @classmethod
+    def _ours_or_registered(cls, value: str | float, info: ValidationInfo) -> str | float:
+        """A name of ours, or one that another package has registered."""
+        score = info.field_name == "importance"
+        ours = get_args(Importance if score else Schedule)
+        if isinstance(value, str) and value not in ours:
+            theirs = plugins.names("importance" if score else "schedules")
+            if value not in theirs:
+                allowed = [repr(name) for name in (*ours, *theirs)]
+                raise ValueError(f"Input should be {', '.join(allowed[:-1])} or {allowed[-1]}")
+        return value
 
     @field_validator("scale")
     @classmethod
@@ -258,7 +283,7 @@ class AdaLoraConfig(BaseModel):
                 "compact_at",
             )
             found += [(name, 'schedule="constant" (no allocation)') for name in (*ranking, *more)]
-        if self.importance not in GRADIENT_SCORES or self.schedule == "constant":
+        if not self.needs_gradients or self.schedule == "constant":
             names = ("sensitivity_beta", "uncertainty_beta", "score_gradient", "score_weights")
             found += [(name, f'importance="{self.importance}" (no gradient in it)') for name in names]
         elif self.importance in ("sensitivity", "lambda_sensitivity"):
@@ -318,6 +343,20 @@ class AdaLoraConfig(BaseModel):
             "compact": False,
         }
         return cls(**{**settings, **fields})
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the score is built on gradients' averages: magnitudes are not, registered scores are."""
+        return self.importance in GRADIENT_SCORES or self.importance not in get_args(Importance)
+
+    def registered_importance(self) -> Callable[..., Any] | None:
+        """Another package's score function; None where the score is one of ours."""
+        return None if self.importance in get_args(Importance) else plugins.load("importance", self.importance)
+
+    def registered_schedule(self) -> Callable[..., Any] | None:
+        """Another package's schedule function; None where the schedule is one of ours, or an exponent."""
+        name = self.schedule
+        return None if not isinstance(name, str) or name in get_args(Schedule) else plugins.load("schedules", name)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that were given, JSON-ready; `AdaLoraConfig(**config.to_dict())` equals the original."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +23,12 @@ from adalora.lora.observation import Observation
 from adalora.lora.optimizers import Optimizers, overflowed
 from adalora.lora.orthogonal import hand_over
 from adalora.lora.parametrization import prepare
+from adalora.lora.pruned import PrunedTriplets
 from adalora.lora.reorthonormal import reorthonormalize
 from adalora.lora.replicas import Replicas
 from adalora.lora.scoring import Scorer
 from adalora.lora.svd import fold_lambda
-from adalora.lora.triplets import find_triplets, lora_config
+from adalora.lora.triplets import find_triplets, fresh, lora_config
 from adalora.recording import Recorder
 from adalora.report.history import History
 from adalora.report.plotting import HistoryPlots
@@ -55,6 +58,7 @@ class RankController(Resumable, HistoryPlots):
         adapter: str,
         history: History,
         total_steps: int | None,
+        pruned: str | os.PathLike[str] | None = None,
     ) -> None:
         self.config = config
         self.adapter = adapter
@@ -62,6 +66,7 @@ class RankController(Resumable, HistoryPlots):
         self.step = 0
         self.allocations = 0
         self.finished = False
+        self._warned_idle = False
         self._model = weakref.ref(model)
         self._optimizers = Optimizers()
         self._schedule: BudgetSchedule | None = None
@@ -76,9 +81,10 @@ class RankController(Resumable, HistoryPlots):
         self._written_ranks = [h.rank for h in self.handles]
         self._excluded = lora_config(model, adapter).exclude_modules
         self._nested: NestedTruncation | None = None
+        self._pruned = PrunedTriplets(self.handles, Path(pruned)) if pruned is not None else None
         if config.nested:
             refuse_unfit(self.handles)
-        self._versions = [h.P_parameter._version for h in self.handles]
+        self.note_weights()
         if total_steps is not None:
             self.set_total_steps(total_steps)
         # Everything is checked: only now is the model touched.
@@ -130,6 +136,7 @@ class RankController(Resumable, HistoryPlots):
             interval=max(1, span_to_steps(self.config.allocation_interval, total_steps)),
             shape=self.config.schedule,
             released=self.config.released_schedule,
+            curve=self.config.registered_schedule(),
         )
         name = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
         self._record.start(self._schedule, config=self.config.to_dict(), model=name)
@@ -233,6 +240,9 @@ class RankController(Resumable, HistoryPlots):
         keep = self._budget.deal(scores, ranks, amount=budget)
         for h, mask in zip(self.handles, torch.split(keep, ranks)):
             h.mask = mask
+        if self._pruned is not None:
+            before = torch.split(live_before, ranks)
+            self._pruned.keep(before, torch.split(scores, ranks), step=self.step)
         self._apply_masks()
         self.allocations += 1
         self._record.allocation(
@@ -286,13 +296,18 @@ class RankController(Resumable, HistoryPlots):
         except CompactionError as error:  # nothing was changed; a run must not die of it
             warnings.warn(f"pruned triplets stay in memory, masked: {error}", AdaLoraWarning, stacklevel=2)
             return
+        if self._pruned is not None:
+            self._pruned.remove()
         replicas.retire_wrappers()
         self._scorer.load_state_dict(averages)
         self._write_patterns()
         self._record.compaction(self.step, before=before, after=adapter_size(self.handles))
 
     def _go_on(self) -> None:
-        if self.config.nested and self.step > self.schedule.decrease_end:
+        if self._nested is not None:  # of the ranks that the run had before the checkpoint was loaded
+            self._nested.stop()
+            self._nested = None
+        if self.config.nested and not self.finished and self.step > self.schedule.decrease_end:
             self._truncate_at_random()
 
     def _truncate_at_random(self) -> None:
@@ -338,21 +353,49 @@ class RankController(Resumable, HistoryPlots):
         for h in self.handles:
             if not h.removed:
                 fold_lambda(h)
+        if self._pruned is not None:
+            self._record.pruned(self.step, **self._pruned.write())
         self.finished = True
         self._record.finish(self.step, allocations=self.allocations)
 
-    def warn_if_idle(self) -> None:
-        """Warn if the parameters were trained but no optimizer was seen, or no allocation has run by the end."""
-        trained = any(
-            h.P_parameter._version > version for h, version in zip(self.handles, self._versions) if not h.removed
-        )
-        if self.step == 0 and trained:
-            warnings.warn(
+    def note_weights(self) -> None:
+        """Take the weights as they are for untrained: after attaching, and after others were loaded."""
+        self._versions = {h.name: h.P_parameter._version for h in self.handles if not h.removed}
+        self._fresh = fresh([h for h in self.handles if not h.removed])
+
+    @property
+    def _weights_moved(self) -> bool:
+        """Whether something wrote to the weights; a write that leaves a fresh adapter at zero (DDP) does not count."""
+        live = [h for h in self.handles if not h.removed]
+        if not any(h.P_parameter._version > self._versions.get(h.name, 0) for h in live):
+            return False
+        return not (self._fresh and fresh(live))
+
+    def warn_if_idle(self, *, over: bool = False) -> None:
+        """Warn, once, if the parameters were trained but no optimizer was seen.
+
+        Called whenever the model's state is taken to be saved, by `finalize`, and at the end of the process.
+
+        Args:
+            over: The training is over: warn as well if steps were seen but no allocation ever ran.
+        """
+        if self._warned_idle or self.finished:
+            return
+        if self.step == 0 and self._weights_moved:
+            message = (
                 "the adapter was trained but adalora saw no optimizer step, so no rank was allocated. Train with a "
-                "torch.optim.Optimizer, or call controller.after_step(optimizer) after each step",
-                AdaLoraWarning,
-                stacklevel=3,
+                "torch.optim.Optimizer, or call controller.after_step(optimizer) after each step"
             )
+        elif over and self.step > 0 and self.allocations == 0 and self.schedule.shape != "constant":
+            message = (
+                f"training ended after {self.step} of {self.schedule.total_steps} steps and no rank was ever "
+                f"allocated: the adapter still has its initial {self.live} triplets. Give the real number of steps: "
+                f"adalora.attach(model, total_steps={self.step}), or call controller.finalize() at the end"
+            )
+        else:
+            return
+        self._warned_idle = True
+        warnings.warn(message, AdaLoraWarning, stacklevel=3)
 
     def log(self, **values: Any) -> None:
         """Put numbers of your own, such as `loss=…`, into the history at the current step."""

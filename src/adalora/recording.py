@@ -138,6 +138,14 @@ class Recorder:
             bytes_after=after[1],
         )
 
+    def pruned(self, step: int, **file: Any) -> None:
+        """What was pruned lies in a file of its own."""
+        self.history.add("pruned", step=step, **file)
+
+    def restored(self, step: int, *, of_step: int, checkpoint: str) -> None:
+        """The adapter was replaced by that of a checkpoint, which the trainer has kept as the best."""
+        self.history.add("restored", step=step, of_step=of_step, checkpoint=checkpoint, ranks=self.ranks)
+
     def finish(self, step: int, *, allocations: int) -> None:
         """The end, with the spectrum of every module."""
         spectra = [_spectrum(h) for h in self.handles]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 import weakref
 from collections.abc import Mapping
@@ -94,6 +96,25 @@ def _before_load_state_dict(model: nn.Module, state_dict: Mapping[str, Any], pre
             controller.fit_to(ranks)
 
 
+def _after_load_state_dict(model: nn.Module, incompatible: Any) -> None:
+    for controller in controllers(model).values():
+        controller.note_weights()
+
+
+def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """What is saved starts here, whoever saves: the last moment to say that nothing was allocated."""
+    for controller in controllers(model).values():
+        controller.warn_if_idle()
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Training is over for every model that is left."""
+    for of_model in list(_ATTACHED.values()):
+        for controller in of_model.values():
+            controller.warn_if_idle(over=True)
+
+
 class _AdapterLoader:
     """PEFT's `load_adapter`: for an attached adapter a checkpoint is verified before anything of it is used.
 
@@ -124,6 +145,7 @@ def attach(
     adapter: str | None = None,
     history: History | str | None = None,
     thresholds: DiagnosticThresholds | None = None,
+    pruned: str | os.PathLike[str] | None = None,
     **fields: Any,
 ) -> RankController:
     """Make a PEFT LoRA model adaptive. The one line.
@@ -136,6 +158,8 @@ def attach(
         adapter: Adapter to make adaptive; the active one by default.
         history: Where to record: a `History` or a path for a JSON-lines file.
         thresholds: When a diagnostic of the run speaks up: an `AdaLoraWarning` and a record in the history.
+        pruned: A safetensors file that `finalize` writes every pruned triplet to, as it was when it was pruned, for
+            budget curves above 100 %. None keeps nothing.
         **fields: Fields of `AdaLoraConfig`, instead of `config`.
 
     Returns:
@@ -156,9 +180,11 @@ def attach(
         raise AttachError(f"adapter {adapter!r} of this model is attached already; call attach once")
     record = history if isinstance(history, History) else History(history)
     diagnose_live(record, thresholds)
-    controller = RankController(model, config, adapter=adapter, history=record, total_steps=total_steps)
+    controller = RankController(model, config, adapter=adapter, history=record, total_steps=total_steps, pruned=pruned)
     if model not in _ATTACHED:
         cast(Any, model).register_load_state_dict_pre_hook(_before_load_state_dict)
+        cast(Any, model).register_load_state_dict_post_hook(_after_load_state_dict)
+        cast(Any, model).register_state_dict_pre_hook(_before_state_dict)
         if hasattr(model, "load_adapter"):
             cast(Any, model).load_adapter = _AdapterLoader(model)
     _ATTACHED.setdefault(model, {})[adapter] = controller

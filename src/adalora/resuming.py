@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +15,15 @@ from torch.optim import Optimizer
 
 from adalora.config import AdaLoraConfig
 from adalora.core.schedule import BudgetSchedule
-from adalora.errors import CheckpointError
+from adalora.errors import AdaLoraWarning, CheckpointError
 from adalora.lora.checkpoint import DESCRIPTION, explain_differences, read_state
 from adalora.lora.compaction import resize
 from adalora.lora.optimizer_state import find_optimizer
+from adalora.lora.pruned import PrunedTriplets
 from adalora.lora.scoring import Scorer
 from adalora.lora.training_state import check_layers, layers_state, load_layers
 from adalora.lora.triplets import TripletHandle, lora_config, write_patterns
-from adalora.recording import versions
+from adalora.recording import Recorder, versions
 from adalora.report.history import History
 
 _STEP_NAME = re.compile(r"checkpoint-\d+")  # the Trainer's: one of these without our state is unfinished or foreign
@@ -45,6 +47,8 @@ class Resumable:
     _scorer: Scorer
     _written_ranks: list[int]
     _excluded: Any
+    _pruned: PrunedTriplets | None
+    _record: Recorder
 
     # A file that is being loaded holds the whole adapter: layers that it lacks have left it.
     expects_all_layers = False
@@ -71,6 +75,8 @@ class Resumable:
         """
         tensors, modules = layers_state(self.handles)
         tensors |= {f"averages.{name}": value for name, value in self._scorer.state_dict().items()}
+        if self._pruned is not None:
+            tensors |= self._pruned.state_dict()
         return {
             "tensors": tensors,
             "adapter": self.adapter,
@@ -85,6 +91,7 @@ class Resumable:
             "skipped": self._scorer.skipped,
             "observed": self._scorer.observed,
             "versions": versions(),
+            "keeps_pruned": self._pruned is not None,
             "history": list(self.history.records),
         }
 
@@ -118,8 +125,22 @@ class Resumable:
             {name.removeprefix(prefix): v for name, v in state["tensors"].items() if name.startswith(prefix)}
         )
         self.step, self.allocations, self.finished = state["step"], state["allocations"], state["finished"]
+        self._restore_pruned(state)
         self.history.restore(state["history"])
         self._go_on()
+
+    def _restore_pruned(self, state: dict[str, Any]) -> None:
+        if self._pruned is None:
+            return
+        self._pruned.load_state_dict(state["tensors"])
+        if not state.get("keeps_pruned") and state["allocations"] > 0:
+            warnings.warn(
+                "the checkpoint is of a run that did not keep what it pruned: pruned triplets of before are lost, and "
+                "none are kept now",
+                AdaLoraWarning,
+                stacklevel=3,
+            )
+            self._pruned = None
 
     def _check_state(self, state: dict[str, Any]) -> None:
         wrong = explain_differences(state["config"], self.config.model_dump(mode="json"))
@@ -134,6 +155,22 @@ class Resumable:
             self._same_run(state, "total_steps", self._schedule.total_steps)
         elif state["total_steps"] is not None:
             self.set_total_steps(state["total_steps"])
+        if self.config.nested and not state["finished"] and self._schedule is not None:
+            self._check_order(state, self._schedule.decrease_end)
+
+    def _check_order(self, state: dict[str, Any], decrease_end: int) -> None:
+        """A nested run needs the scores of the triplets it kept; without them it would go on un-nested."""
+        if state["step"] <= decrease_end:
+            return
+        record: dict[str, Any] = next((r for r in reversed(state["history"]) if r["event"] == "allocation"), {})
+        found = [len(part) for part in record.get("triplet_scores", [])]
+        live = [int(state["tensors"][f"{line['name']}.mask"].sum()) for line in state["modules"]]
+        if found != live:
+            raise CheckpointError(
+                f"nested=True cannot go on from step {state['step']}: the checkpoint's history has no scores of the "
+                f"{sum(live)} triplets that were kept, so their order is unknown. Resume from a checkpoint of step "
+                f"{decrease_end} or earlier, or start a new run"
+            )
 
     def expect_total_steps(self, total_steps: int, state: dict[str, Any]) -> None:
         """Refuse a state of a run of another length.
@@ -157,13 +194,15 @@ class Resumable:
             write_patterns(self.model, self.handles)
             self._written_ranks = [h.rank for h in self.handles]
 
-    def adopt_masks(self, state: dict[str, Any]) -> None:
-        """Take over which triplets are live from the checkpoint whose weights the model has."""
+    def adopt_masks(self, state: dict[str, Any], *, checkpoint: str) -> None:
+        """Take over which triplets are live from the checkpoint whose weights the model has, and record it."""
         for h in self.handles:
             mask = state["tensors"][f"{h.name}.mask"]
             if len(mask) != h.rank:
                 raise CheckpointError(f"{h.name} has rank {h.rank}, the checkpoint {len(mask)}: not the same weights")
             h.mask = mask.clone()
+        self._restore_pruned(state)
+        self._record.restored(self.step, of_step=state["step"], checkpoint=Path(checkpoint).name)
 
     def has_weights_of(self, state: dict[str, Any]) -> bool:
         """Whether the layers hold the weights of a state already."""

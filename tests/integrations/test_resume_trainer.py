@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 import adalora
 from adalora.errors import AdaLoraWarning, CheckpointError
 from adalora.lora.checkpoint import DESCRIPTION, TENSORS
+from adalora.tasks.curve import foreign_scores
 
 MAX_STEPS = 24
 # Warm-up and hand-over end with step 3, allocations follow steps 6, 8, 10, 12 and 13, the last with the compaction.
@@ -181,6 +182,8 @@ def test_save_total_limit_and_best_model_at_end(whole, tmp_path):
         for factor, (parameter, _) in h.factors.items():
             assert torch.equal(parameter, saved[f"{h.name}.{factor}"])
     assert controller.live == controller.target_budget
+    assert controller.history.last("restored")["of_step"] == 16
+    assert foreign_scores(controller.history) is None
     again, _ = make(tmp_path / "again", **arguments)
     again.compute_metrics = favour(16)
     trainer, late = again, tmp_path / "late" / "checkpoint-16"
@@ -192,6 +195,9 @@ def test_save_total_limit_and_best_model_at_end(whole, tmp_path):
     with pytest.warns(AdaLoraWarning, match=r"checkpoint-8, is from before the budget.*eval_delay"):
         trainer.train()
     assert controller.target_budget < controller.live < controller.initial_budget
+    restored = controller.history.last("restored")
+    assert (restored["of_step"], restored["checkpoint"]) == (8, "checkpoint-8")
+    assert "describe other triplets than the adapter has" in foreign_scores(controller.history)
     assert sum(h.rank for h in controller.handles) == controller.live
     trainer.model.save_pretrained(tmp_path / "best")
     x = {"input_ids": Tokens(8).inputs}

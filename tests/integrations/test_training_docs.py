@@ -1,20 +1,15 @@
 """Every block of docs/training.md runs, section by section."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from test_resume_trainer import Tokens, bert
 
-TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-SECTIONS = {
-    title: re.findall(r"```python\n(.*?)```", body, re.DOTALL)
-    for title, body in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
-}
+from docs_blocks import run, sections
+
+SECTIONS = sections("docs/training.md")
 
 
-@pytest.mark.parametrize("title", [title for title, blocks in SECTIONS.items() if blocks])
+@pytest.mark.parametrize("title", SECTIONS)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 def test_blocks_of(title, tmp_path):
     if title == "Lightning":
@@ -28,7 +23,7 @@ def test_blocks_of(title, tmp_path):
         "folder": str(tmp_path),
     }
     for block in SECTIONS[title]:
-        exec(compile(block, f"docs/training.md: {title}", "exec"), names)
+        run(block, names, where=f"docs/training.md: {title}")
     controller = names.get("controller")
     if title in ("Your own loop", "Accelerate"):
         assert controller.finished
@@ -38,4 +33,4 @@ def test_blocks_of(title, tmp_path):
 
 
 def test_there_are_blocks():
-    assert len([1 for blocks in SECTIONS.values() if blocks]) >= 5
+    assert len(SECTIONS) >= 5

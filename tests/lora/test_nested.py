@@ -117,3 +117,52 @@ def test_refusals():
         adalora.AdaLoraConfig(nested=True, compact=False)
     with pytest.raises(adalora.AdaLoraError, match="nested has no effect"):
         adalora.AdaLoraConfig(nested=True, schedule="constant")
+
+
+def resumed(state):
+    """A new run that goes on from a state."""
+    model = lora()
+    controller = adalora.attach(model, target_rank=4, total_steps=STEPS, nested=True)
+    controller.load_state_dict(state)
+    return controller
+
+
+def test_a_resumed_run_goes_on_nested():
+    model, states, seen = lora(), {}, {}
+    controller = adalora.attach(model, target_rank=4, total_steps=STEPS, nested=True)
+
+    def keep():
+        seen[controller.step] = live_of(controller)
+        if controller.step % 10 == 0:
+            states[controller.step] = copy.deepcopy(controller.state_dict())
+
+    train(model, after_step=keep)
+    final = [step for step in states if step > controller.schedule.decrease_end]
+    assert any(not bool(seen[step].all()) for step in seen)
+    for step in final:
+        assert torch.equal(live_of(resumed(states[step])), seen[step])
+    # Going back in the same process leaves nothing of the later draws behind.
+    controller.load_state_dict(states[10])
+    assert bool(live_of(controller).all())
+    assert sum(h.rank for h in controller.handles) == 12
+
+
+def test_a_resumed_run_never_goes_on_un_nested():
+    """Without the scores of what was kept the order is lost: refused, and nothing is changed."""
+    model = lora()
+    controller = adalora.attach(model, target_rank=4, total_steps=STEPS, nested=True)
+    train(model, steps=STEPS - 10)
+    state = copy.deepcopy(controller.state_dict())
+    scores = next(r for r in reversed(state["history"]) if "triplet_scores" in r)
+    whole = scores["triplet_scores"]
+    for damaged in (None, [part[:-1] for part in whole]):
+        scores["triplet_scores"] = damaged
+        if damaged is None:
+            del scores["triplet_scores"]
+        fresh = lora()
+        before = {name: value.clone() for name, value in fresh.state_dict().items()}
+        other = adalora.attach(fresh, target_rank=4, total_steps=STEPS, nested=True)
+        with pytest.raises(adalora.AdaLoraError, match="nested=True cannot go on from step 50"):
+            other.load_state_dict(state)
+        assert other.step == 0
+        assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())

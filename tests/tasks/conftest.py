@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 WORDS = ["good", "bad", "nice", "awful", "flight", "bag", "the", "was", "my", "lost"]
@@ -8,7 +9,7 @@ WORDS = ["good", "bad", "nice", "awful", "flight", "bag", "the", "was", "my", "l
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """A folder with a random BERT and its tokenizer."""
+    """A folder with a random BERT and its tokenizer, the same whatever ran before."""
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
@@ -21,7 +22,9 @@ def tiny_model(tmp_path_factory):
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    BertModel(config).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
     return folder
 
 

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adalora.errors import RecipeError
@@ -18,6 +19,7 @@ def model(tmp_path_factory):
         vocab_size=28, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         initializer_range=0.5, pad_token_id=0, bos_token_id=2, eos_token_id=3,
     )  # fmt: skip
+    torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

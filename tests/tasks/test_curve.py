@@ -1,7 +1,9 @@
 """The budget curve of a real small run, and the export that cuts at a point of it."""
 
+import dataclasses
 import io
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -15,6 +17,7 @@ from adalora import cli
 from adalora.errors import AdapterFileError, DataError
 from adalora.export import export_adapter, read_adapter
 from adalora.export.ordered import cut_by, read_order
+from adalora.export.pruned import read_pruned, revive
 from adalora.report.history import History
 from adalora.tasks.curve import budget_curve, recorded_order, write_curve
 from adalora.tasks.recipe import Recipe
@@ -65,8 +68,15 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def curve(run):
+def full(run):
+    """With pruned triplets above the budget."""
     return budget_curve(run)
+
+
+@pytest.fixture(scope="module")
+def curve(run, full):
+    """Up to the budget."""
+    return dataclasses.replace(full, points=tuple(p for p in full.points if p.budget <= 1))
 
 
 def test_the_whole_adapter_scores_as_the_run_did(run, curve):
@@ -110,6 +120,65 @@ def test_the_order_is_the_runs_own_scores(run, curve):
     assert sum(k < max(gone) for k in kept) <= 2
 
 
+def test_pruned_triplets_come_back_above_the_budget(run, full, tmp_path):
+    record, pruned = History.read(run).last("pruned"), read_pruned(run / "pruned.safetensors")
+    assert (record["file"], record["parameters"]) == ("pruned.safetensors", pruned.adapter.parameters)
+    assert record["triplets"] == sum(pruned.adapter.ranks.values()) == sum(len(s) for s in pruned.scores.values())
+    adapter = read_adapter(run / "adapter")
+    above = [p for p in full.points if p.budget > 1]
+    assert len(above) >= 3
+    for point in above:
+        assert adapter.parameters < point.parameters <= point.budget * adapter.parameters
+        assert point.revived == point.triplets - sum(adapter.ranks.values()) > 0
+    # The best of them per parameter come first.
+    some = revive(adapter, above[0].budget, pruned)
+    worth = {n: sorted((float(v) / (f.d_out + f.d_in) for v in pruned.scores[n]), reverse=True)
+             for n, f in pruned.adapter.factors.items()}  # fmt: skip
+    back = {n: some.ranks.get(n, 0) - adapter.ranks.get(n, 0) for n in worth}
+    gone = max(w for n in worth for w in worth[n][back[n] :])
+    assert sum(w < gone for n in worth for w in worth[n][: back[n]]) <= 2
+    # What was trained stays as it is.
+    for name, f in adapter.factors.items():
+        assert torch.equal(some.factors[name].left[:, : f.rank], f.left)
+    written = json.loads(write_curve(full, tmp_path)[0].read_text())
+    assert [p["revived"] for p in written["points"]] == [p.revived for p in full.points]
+
+
+def test_all_that_was_pruned_is_the_end(run):
+    pruned, adapter = read_pruned(run / "pruned.safetensors"), read_adapter(run / "adapter")
+    (point,) = budget_curve(run, budgets=[8, 9]).points
+    assert point.parameters == adapter.parameters + pruned.adapter.parameters
+
+
+def test_without_the_file_there_is_nothing_above(run, tmp_path):
+    copied = tmp_path / "copy"
+    shutil.copytree(run, copied)
+    (copied / "pruned.safetensors").unlink()
+    with pytest.raises(AdapterFileError, match=r"unless training\.keep_pruned is false"):
+        budget_curve(copied, budgets=[1.2])
+    (copied / "pruned.safetensors").write_bytes(b"nonsense and more of it")
+    with pytest.raises(AdapterFileError, match=r"pruned\.safetensors"):
+        budget_curve(copied, budgets=[1.2])
+
+
+def test_scores_of_other_triplets_are_not_used(run, tmp_path, capsys):
+    """Where `keep_best` brought back an adapter from before the last allocation, the scores are not its own."""
+    history, adapter = History.read(run), read_adapter(run / "adapter")
+    last = history.last("allocation")["step"]
+    history.add("restored", step=300, of_step=last + 1, checkpoint="checkpoint-9", ranks=[])
+    assert recorded_order(history, adapter) is not None
+    history.add("restored", step=300, of_step=last, checkpoint="checkpoint-9", ranks=[])
+    assert recorded_order(history, adapter) is None
+    copied = tmp_path / "copy"
+    shutil.copytree(run, copied)
+    history.write_to(copied / "history.jsonl")
+    with pytest.raises(AdapterFileError, match=r"kept the best checkpoint, checkpoint-9.* other triplets"):
+        budget_curve(copied, order="score", budgets=[1.0])
+    found = budget_curve(copied, budgets=[1.0])
+    assert found.order.name == "energy"
+    assert "cut by energy: the run kept the best checkpoint" in found.note
+
+
 @pytest.mark.parametrize("order", ["energy", "sensitivity"])
 def test_other_orders(run, curve, order):
     other = budget_curve(run, order=order, budgets=[0.5, 1.0])
@@ -133,8 +202,10 @@ def test_refusals(run, tmp_path):
         budget_curve(tmp_path)
     with pytest.raises(AdapterFileError, match="allowed are score, sensitivity, energy"):
         budget_curve(run, order="size")
-    with pytest.raises(AdapterFileError, match=r"budgets \[2\]"):
-        budget_curve(run, budgets=[2])
+    with pytest.raises(AdapterFileError, match=r"budgets \[-1\]"):
+        budget_curve(run, budgets=[-1])
+    with pytest.raises(AdapterFileError, match=r"budgets \[\]"):
+        budget_curve(run, budgets=[])
 
 
 def accuracy_of(run, folder):

@@ -40,7 +40,7 @@ def test_a_run_writes_everything(tiny_model, data_file, tmp_path, console):
     for key in ("macro_f1", "adapter_parameters", "seconds", "versions"):
         assert key in metrics
     assert {p.name for p in folder.iterdir()} == {
-        "adapter", "history.jsonl", "metrics.json", "recipe.yaml", "report.html"
+        "adapter", "history.jsonl", "metrics.json", "pruned.safetensors", "recipe.yaml", "report.html"
     }  # fmt: skip
     assert "final  triplets 26 of budget 26" in console.file.getvalue()
     assert predict(folder, "good flight")["positive"] > 0.5

@@ -27,21 +27,30 @@ def curve(
         typer.Option("--order", help="score, sensitivity or energy: what is cut first. Default: score if recorded."),
     ] = None,
     budget: Annotated[
-        list[float] | None, typer.Option("--budget", help="Share of the parameters; repeat it. Default: 0.1 to 1.")
+        list[float] | None,
+        typer.Option("--budget", help="Share of the parameters; repeat it. Default: 0.1 to 1, or 1.5."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for curve.json, .svg, .png; default: RUN.")] = None,
 ) -> None:
-    """Measure a finished run's adapter cut to 10 … 100 % of its budget, and draw score against parameters."""
+    """Measure a finished run's adapter cut to 10 … 100 % of its budget, and draw score against parameters.
+
+    Above 100 % pruned triplets come back, frozen as they were when they were pruned.
+    """
     from adalora.cli.train import _quiet
-    from adalora.tasks.curve import BUDGETS, budget_curve, write_curve
+    from adalora.tasks.curve import budget_curve, write_curve
 
     def show(point: CurvePoint) -> None:
         scores = "  ".join(f"{name} {value:.4f}" for name, value in point.scores.items())
-        typer.echo(f"{point.budget:5.0%}  {point.parameters:>10,} parameters  {point.triplets:>6,} triplets  {scores}")
+        back = f"  ({point.revived:,} pruned ones back)" if point.revived else ""
+        typer.echo(
+            f"{point.budget:5.0%}  {point.parameters:>10,} parameters  {point.triplets:>6,} triplets  {scores}{back}"
+        )
 
     _quiet()
-    found = budget_curve(run, data=data, split=split, order=order, budgets=budget or BUDGETS, progress=show)
+    found = budget_curve(run, data=data, split=split, order=order, budgets=budget or None, progress=show)
     typer.echo(f"cut by {found.order.name}, measured on {found.rows:,} rows ({found.split})")
+    if found.note:
+        typer.echo(found.note)
     files = write_curve(found, out or run)
     for file in files:
         typer.echo(f"wrote {file}")

@@ -8,6 +8,7 @@ All scores built on w·∂L/∂w are invariant under the rescaling P·c, λ/c: w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,12 +55,14 @@ class SmoothedImportance:
         deviation = importance.sub_(self.sensitivity).abs_()
         self.uncertainty.lerp_(deviation, weight2)
 
-    def score(self, kind: str) -> Tensor:
+    def score(self, kind: str | Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """S of Eq. 13 or its variants, elementwise.
 
         Args:
-            kind: "sensitivity_uncertainty" (Ī·Ū), "ratio" (Ī/Ū), or "sensitivity" (Ī).
+            kind: "sensitivity_uncertainty" (Ī·Ū), "ratio" (Ī/Ū), "sensitivity" (Ī), or a function of Ī and Ū.
         """
+        if callable(kind):
+            return kind(self.sensitivity, self.uncertainty)
         if kind == "sensitivity_uncertainty":
             return self.sensitivity * self.uncertainty
         if kind == "ratio":

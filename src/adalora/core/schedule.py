@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -25,6 +26,8 @@ class BudgetSchedule:
         shape: "cubic", "linear", "step", "constant", or the exponent.
         released: The released code's arithmetic: allocations where ΔT divides the step's number, and b(t) rounded in
             floating point, one too low where Eq. 14 is a whole number that floating point lands below.
+        curve: A registered schedule, instead of the shape's: part of the decrease that is done, 0 to 1, to the share
+            of b0 - b_T that is left, 1 to 0. What is outside is cut to that.
     """
 
     initial_budget: int
@@ -35,6 +38,7 @@ class BudgetSchedule:
     interval: int
     shape: str | float
     released: bool = False
+    curve: Callable[[float], float] | None = None
 
     def phase(self, step: int) -> Phase:
         """Phase of optimizer step `step`, counted from 0."""
@@ -43,12 +47,15 @@ class BudgetSchedule:
         return "decrease" if step < self.decrease_end else "final"
 
     def budget(self, step: int) -> int:
-        """b(step). Never rises, is b0 up to the end of warm-up and b_T from `decrease_end` on."""
+        """b(step): b0 up to the end of warm-up, b_T from `decrease_end` on. Only a registered curve may rise."""
         if self.shape == "constant" or step < self.warmup_steps:
             return self.initial_budget
         if step >= self.decrease_end:
             return self.target_budget
         done, length = step - self.warmup_steps, self.decrease_end - self.warmup_steps
+        if self.curve is not None:
+            left = min(1.0, max(0.0, self.curve(done / length)))
+            return self.target_budget + math.floor((self.initial_budget - self.target_budget) * left)
         if self.shape == "step":
             return self.initial_budget if 2 * done < length else self.target_budget
         power: float = POWERS[self.shape] if isinstance(self.shape, str) else self.shape

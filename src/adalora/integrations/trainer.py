@@ -36,6 +36,7 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
         history: A `History` or a path for a JSON-lines file; in memory only by default.
         resume_hint: What the user is told after Ctrl-C, with `{checkpoint}` for the folder.
         thresholds: When a diagnostic of the run speaks up.
+        pruned: A file for what is pruned, as `adalora.attach` writes it; none by default.
         **fields: Fields of `AdaLoraConfig`, instead of `config`.
     """
 
@@ -47,6 +48,7 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
         history: History | str | os.PathLike[str] | None = None,
         resume_hint: str = "trainer.train(resume_from_checkpoint={checkpoint!r})",
         thresholds: DiagnosticThresholds | None = None,
+        pruned: str | os.PathLike[str] | None = None,
         **fields: Any,
     ) -> None:
         if config is not None and fields:
@@ -59,6 +61,7 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
         self._args: TrainingArguments | None = None
         self._trainer_state: TrainerState | None = None
         self.thresholds = thresholds
+        self.pruned = pruned
         self.controller: RankController | None = None
         self._bridge = LoggerBridge(None, [])
 
@@ -146,7 +149,7 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
 
     def _settle_on_best(self, controller: RankController, best: str) -> None:
         content = read_state(best, rest=False)
-        controller.adopt_masks(content)
+        controller.adopt_masks(content, checkpoint=best)
         if controller.live > controller.target_budget and controller.schedule.shape != "constant":
             warnings.warn(
                 f"the best checkpoint, {best}, is from before the budget had reached its target: the adapter has "
@@ -187,7 +190,12 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
         name = self.adapter or getattr(model, "active_adapter", "default")
         present = controllers(model).get(name) if isinstance(name, str) else None
         self.controller = present or attach(
-            model, self.config, adapter=self.adapter, history=self.history, thresholds=self.thresholds
+            model,
+            self.config,
+            adapter=self.adapter,
+            history=self.history,
+            thresholds=self.thresholds,
+            pruned=self.pruned,
         )
         self.history = self.controller.history
         return self.controller

@@ -43,7 +43,7 @@ def write_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
     data = save(tensors)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _write(path / TENSORS, data)
+        write_file(path / TENSORS, data)
         files = {TENSORS: _entry(data)}
         for file in sorted(path.iterdir()):
             if file.is_file() and not _NOT_COVERED.fullmatch(file.name):
@@ -52,7 +52,7 @@ def write_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
         body = {**{k: v for k, v in state.items() if k != "tensors"}, "files": files}
         body = json.loads(json.dumps(body))
         text = json.dumps({"format": FORMAT, "sha256": _hash(_canonical(body)), "state": body}, indent=1) + "\n"
-        _write(path / DESCRIPTION, text.encode())
+        write_file(path / DESCRIPTION, text.encode())
     except OSError as error:
         cure = {
             errno.ENOSPC: "the disk is full: free some space, or keep fewer checkpoints (save_total_limit=2)",
@@ -175,7 +175,7 @@ def _verify(file: Path, entry: Any) -> None:
         raise CheckpointError(f"{file}: damaged, its checksum does not hold; {GO_ON}")
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
     """All or nothing: a reader, or a killed process, sees the old file or the new."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -16,8 +16,6 @@ from adalora.lora.triplets import TripletHandle
 
 StepWeights: TypeAlias = dict[torch.device, tuple[Tensor, Tensor]]
 
-AVERAGED = {"sensitivity_uncertainty", "ratio", "sensitivity", "lambda_sensitivity"}
-
 
 class Scorer:
     """Averages and scores for all layers of one adapter, stacked by shape.
@@ -37,7 +35,7 @@ class Scorer:
     @property
     def needs_averages(self) -> bool:
         """Whether the score is built on gradients; magnitudes are not."""
-        return self.config.importance in AVERAGED
+        return self.config.needs_gradients
 
     @property
     def skipped(self) -> int:
@@ -149,7 +147,7 @@ class Scorer:
         if not self._left:
             self._build()
         scores = torch.zeros(sum(h.rank for h in self.handles))
-        elementwise = "sensitivity" if kind == "lambda_sensitivity" else kind
+        elementwise = self.config.registered_importance() or ("sensitivity" if kind == "lambda_sensitivity" else kind)
         for left in self._left.values():
             score_kr = left.weights.score(elementwise)
             if kind != "lambda_sensitivity":

@@ -13,6 +13,9 @@ One run is a list of flat JSON records, in memory and, if a path is given, one J
               triplet_scores[][] (of the triplets kept, once the budget has reached its target),
               revived_triplets[[module, triplet]] (numbers from 0; a triplet keeps its number until the compaction)
 `compaction`  step, ranks[], parameters_before, parameters_after, bytes_before, bytes_after
+`pruned`      step, file, triplets, parameters, bytes      (what was pruned, in a file beside this one)
+`restored`    step, of_step, checkpoint, ranks[]   (the adapter of the best checkpoint came back: what was trained and
+              allocated from `of_step` on is not in it)
 `metric`      step, split, values{}
 `diagnostic`  step, code, message, cause, cure
 `thresholds`  the fields of `DiagnosticThresholds` that are not the defaults; after `start`

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,30 +17,41 @@ from adalora.export.adapter import Adapter
 from adalora.export.cleanup import clean
 from adalora.export.compression import score_with, sensitivities, with_extras
 from adalora.export.ordered import TripletOrder, cut_by, energy_order
+from adalora.export.pruned import Pruned, read_pruned, revive
 from adalora.export.reading import read_adapter
 from adalora.report.curves import plot_curve
 from adalora.report.history import History
 from adalora.tasks.base import Task, make_task
 from adalora.tasks.data import Splits, load_splits
 from adalora.tasks.models import loading_arguments
-from adalora.tasks.outputs import ADAPTER, HISTORY, RECIPE, write_text
+from adalora.tasks.outputs import ADAPTER, HISTORY, PRUNED, RECIPE, write_text
 from adalora.tasks.recipe import DataPart, Recipe
 from adalora.tasks.recipe_files import load_recipe
 from adalora.tasks.training import make_trainer
 
 BUDGETS = tuple(n / 10 for n in range(1, 11))
+ABOVE = (1.1, 1.2, 1.3, 1.4, 1.5)  # measured too where the run has kept what it pruned
 ORDERS = ("score", "sensitivity", "energy")
 BATCHES = 32  # training batches that sensitivities are measured on
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One cut. `budget` is a share of the adapter's LoRA parameters."""
+    """One cut, or above 1 the whole adapter with pruned triplets added back.
+
+    Attributes:
+        budget: Share of the adapter's LoRA parameters.
+        parameters: LoRA parameters.
+        triplets: Triplets, with those added back.
+        scores: The task's metrics.
+        revived: Of the triplets, those added back.
+    """
 
     budget: float
     parameters: int
     triplets: int
     scores: dict[str, float]
+    revived: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class Curve:
         split: Rows that it was measured on.
         rows: How many.
         points: Smallest budget first.
+        note: What else has to be known of the order.
     """
 
     order: TripletOrder
@@ -60,11 +72,12 @@ class Curve:
     split: str
     rows: int
     points: tuple[CurvePoint, ...]
+    note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; `adalora export --curve` reads it."""
         points = [asdict(point) for point in self.points]
-        head = {"metric": self.metric, "split": self.split, "rows": self.rows, "points": points}
+        head = {"metric": self.metric, "split": self.split, "rows": self.rows, "note": self.note, "points": points}
         return {**head, **self.order.to_json()}
 
 
@@ -74,7 +87,7 @@ def budget_curve(
     data: str | None = None,
     split: str | None = None,
     order: str | None = None,
-    budgets: Sequence[float] = BUDGETS,
+    budgets: Sequence[float] | None = None,
     progress: Callable[[CurvePoint], None] | None = None,
 ) -> Curve:
     """Cut a run's adapter to several budgets and measure each cut.
@@ -85,21 +98,25 @@ def budget_curve(
         split: `validation`, `test` or `train` of the run's data; by default what the run was measured on.
         order: `score` (the run's own, from its last allocation), `sensitivity` (measured on training rows) or
             `energy`. By default `score` where the run has recorded it, else `energy`.
-        budgets: Shares of the adapter's LoRA parameters, above 0 and up to 1; one that keeps no triplet is left out.
+        budgets: Shares of the adapter's LoRA parameters; one that keeps no triplet is left out. Above 1 the best
+            pruned triplets come back, as they were when they were pruned, until the run's `pruned.safetensors` is used
+            up. By default 0.1 to 1, and to 1.5 where that file is.
         progress: Called with every point.
 
     Raises:
-        AdapterFileError: The run is not finished, or its adapter and the order do not fit.
+        AdapterFileError: The run is not finished, its adapter and the order do not fit, or budgets above 1 are wanted
+            of a run that has not kept what it pruned.
         DataError: No such rows.
     """
     if data is not None and split is not None:
         raise DataError("give data or split, not both")
     if order is not None and order not in ORDERS:
         raise AdapterFileError(f"order {order!r}; allowed are {', '.join(ORDERS)}")
-    if not budgets or not all(0 < b <= 1 for b in budgets):
-        raise AdapterFileError(f"budgets {list(budgets)}: shares above 0 and up to 1 are wanted")
+    if budgets is not None and not (budgets and all(0 < b < 10 for b in budgets)):
+        raise AdapterFileError(f"budgets {list(budgets)}: shares above 0 are wanted, such as 0.5")
     if not (run / RECIPE).is_file() or not (run / ADAPTER).is_dir():
         raise AdapterFileError(f"{run} holds no finished run of adalora train (recipe.yaml and adapter/)")
+    pruned = _pruned(run, budgets)
     recipe, adapter = load_recipe(run / RECIPE), read_adapter(run / ADAPTER)
     splits = load_splits(recipe)
     task = make_task(recipe, splits)
@@ -107,18 +124,16 @@ def budget_curve(
     name, rows = _rows(recipe, splits, data=data, split=split)
     with tempfile.TemporaryDirectory() as work:
         trainer = _trainer(recipe, task, adapter, processor=processor, splits=splits, work=work)
-        triplets = _order(run, adapter, order, trainer=trainer)
+        triplets, note = _order(run, adapter, order, trainer=trainer)
         points = []
-        least = min((f.d_out + f.d_in for f in adapter.factors.values()), default=0)
-        for budget in sorted(set(budgets)):
-            if budget * adapter.parameters < least and budget < 1:
-                continue  # not one triplet fits
-            cut = cut_by(adapter, budget, triplets)
-            scores = score_with(trainer.model, cut.adapter, lambda _: task.evaluate(trainer, rows, processor))
-            points.append(CurvePoint(budget, cut.parameters_after, sum(cut.adapter.ranks.values()), scores))
+        for budget, some in _adapters(adapter, triplets, pruned, budgets):
+            scores = score_with(trainer.model, some, lambda _: task.evaluate(trainer, rows, processor))
+            count = sum(some.ranks.values())
+            revived = max(0, count - sum(adapter.ranks.values()))
+            points.append(CurvePoint(budget, some.parameters, count, scores, revived))
             if progress is not None:
                 progress(points[-1])
-    return Curve(triplets, task.main_metric, name, len(rows), tuple(points))
+    return Curve(triplets, task.main_metric, name, len(rows), tuple(points), note)
 
 
 def write_curve(curve: Curve, folder: Path) -> list[Path]:
@@ -127,17 +142,47 @@ def write_curve(curve: Curve, folder: Path) -> list[Path]:
     files = [folder / f"curve.{ending}" for ending in ("json", "svg", "png")]
     write_text(files[0], json.dumps(curve.to_json(), indent=1) + "\n")
     points = [(float(p.parameters), p.scores[curve.metric]) for p in curve.points]
-    figure = plot_curve({curve.order.name: points}, metric=curve.metric, split=curve.split)
+    whole = max((p.parameters for p in curve.points if not p.revived), default=None)
+    beyond = float(whole) if whole is not None and any(p.revived for p in curve.points) else None
+    figure = plot_curve({curve.order.name: points}, metric=curve.metric, split=curve.split, whole=beyond)
     for file in files[1:]:
         figure.savefig(file, dpi=150)
     return files
 
 
+def _pruned(run: Path, budgets: Sequence[float] | None) -> Pruned | None:
+    file = run / PRUNED
+    wanted = file.is_file() if budgets is None else any(b > 1 for b in budgets)
+    return read_pruned(file) if wanted else None
+
+
+def _adapters(
+    adapter: Adapter, order: TripletOrder, pruned: Pruned | None, budgets: Sequence[float] | None
+) -> Iterator[tuple[float, Adapter]]:
+    """What is measured, smallest first: cuts, the whole, and the whole with pruned triplets."""
+    least = min((f.d_out + f.d_in for f in adapter.factors.values()), default=0)
+    largest = adapter.parameters
+    for budget in sorted(set(budgets or (*BUDGETS, *ABOVE))):
+        if budget > 1 and pruned is not None:
+            more = revive(adapter, budget, pruned)
+            if more.parameters > largest:  # else nothing is left to come back
+                largest = more.parameters
+                yield budget, more
+        elif budget == 1 or (budget < 1 and budget * adapter.parameters >= least):  # else not one triplet fits
+            yield budget, cut_by(adapter, budget, order).adapter
+
+
 def recorded_order(history: History, adapter: Adapter) -> TripletOrder | None:
-    """The run's own scores of the triplets that it kept, from its last allocation; None where there are none."""
+    """The run's own scores of the triplets that it kept, from its last allocation.
+
+    None where there are none, or where they are of other triplets: the best checkpoint, which came back at the end, was
+    written before them.
+    """
     start, record = history.last("start"), history.last("allocation")
     found = (record or {}).get("triplet_scores")
     if start is None or found is None or any(value is None for values in found for value in values):
+        return None
+    if foreign_scores(history) is not None:
         return None
     scores = {m["name"]: torch.tensor(v, dtype=torch.float64) for m, v in zip(start["modules"], found)}
     if any(len(scores.get(name, ())) != f.rank for name, f in adapter.factors.items()):
@@ -145,18 +190,32 @@ def recorded_order(history: History, adapter: Adapter) -> TripletOrder | None:
     return TripletOrder("score", "saved", {name: scores[name] for name in adapter.factors})
 
 
-def _order(run: Path, adapter: Adapter, order: str | None, *, trainer: Any) -> TripletOrder:
+def foreign_scores(history: History) -> str | None:
+    """Why the last scores are not of the run's adapter, where `keep_best` has brought back an older one; else None."""
+    restored, record = history.last("restored"), history.last("allocation")
+    if restored is None or record is None or restored["of_step"] > record["step"]:
+        return None
+    return (
+        f"the run kept the best checkpoint, {restored['checkpoint']}, and its last scores are of step "
+        f"{record['step']}: they describe other triplets than the adapter has"
+    )
+
+
+def _order(run: Path, adapter: Adapter, order: str | None, *, trainer: Any) -> tuple[TripletOrder, str]:
     if order == "sensitivity":
         batches = list(itertools.islice(trainer.get_train_dataloader(), BATCHES))
         measured = sensitivities(trainer.model.eval(), clean(adapter), batches, trainer.compute_loss)
-        return TripletOrder("sensitivity", "clean", measured)
-    file = run / HISTORY
-    recorded = recorded_order(History.read(file), adapter) if order != "energy" and file.is_file() else None
-    if order == "score" and recorded is None:
-        raise AdapterFileError(
-            f"{run} has no scores of this adapter's triplets in its history; --order energy or --order sensitivity"
-        )
-    return recorded or energy_order(adapter)
+        return TripletOrder("sensitivity", "clean", measured), ""
+    if order == "energy" or not (order or (run / HISTORY).is_file()):
+        return energy_order(adapter), ""
+    history = History.read(run / HISTORY) if (run / HISTORY).is_file() else History()
+    recorded = recorded_order(history, adapter)
+    if recorded is not None:
+        return recorded, ""
+    why = foreign_scores(history) or f"{run} has no scores of this adapter's triplets in its history"
+    if order == "score":
+        raise AdapterFileError(f"{why}; --order energy or --order sensitivity")
+    return energy_order(adapter), f"cut by energy: {why}"
 
 
 def _trainer(recipe: Recipe, task: Task, adapter: Adapter, *, processor: Any, splits: Splits, work: str) -> Any:

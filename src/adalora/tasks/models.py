@@ -36,6 +36,12 @@ def build_model(recipe: Recipe, task: Task, processor: Any) -> Any:
 
     Modules that the checkpoint does not have (a new head) are trained whole and saved with the adapter.
     """
+    model, fresh = load_base(recipe, task, processor)
+    return get_peft_model(model, lora_config(recipe, task, model, fresh))
+
+
+def load_base(recipe: Recipe, task: Task, processor: Any) -> tuple[Any, list[str]]:
+    """Base model with the task's head, ready for an adapter, and the modules that its checkpoint does not have."""
     part = recipe.model
     model, report = task.auto_class.from_pretrained(
         part.resolve(), output_loading_info=True, **{**task.head(processor), **part.config}, **loading_arguments(part)
@@ -48,7 +54,7 @@ def build_model(recipe: Recipe, task: Task, processor: Any) -> Any:
         model = prepare(model, use_gradient_checkpointing=False)  # the Trainer switches that on
     if recipe.training.gradient_checkpointing:
         model.config.use_cache = False
-    return get_peft_model(model, lora_config(recipe, task, model, fresh))
+    return model, fresh
 
 
 def lora_config(recipe: Recipe, task: Task, model: Any, fresh: list[str]) -> LoraConfig:

@@ -10,13 +10,14 @@ from typing import Any
 
 from adalora.errors import RecipeError
 
-ADAPTER, METRICS, HISTORY, REPORT, RECIPE, WORK = (
+ADAPTER, METRICS, HISTORY, REPORT, RECIPE, WORK, PRUNED = (
     "adapter",
     "metrics.json",
     "history.jsonl",
     "report.html",
     "recipe.yaml",
     "work",
+    "pruned.safetensors",
 )
 
 
@@ -32,7 +33,7 @@ def prepare_folder(folder: Path, *, overwrite: bool) -> Path:
     Raises:
         RecipeError: It holds a run.
     """
-    ours = (ADAPTER, METRICS, HISTORY, REPORT, RECIPE, WORK)
+    ours = (ADAPTER, METRICS, HISTORY, REPORT, RECIPE, WORK, PRUNED)
     present = [name for name in ours if (folder / name).exists()]
     if present and not overwrite:
         raise RecipeError(

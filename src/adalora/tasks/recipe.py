@@ -125,6 +125,7 @@ class TrainingPart(Part):
             short ones, which hurts runs of few steps.
         evaluate_every: Steps between evaluations on the validation split; none by default.
         keep_best: Keep the best evaluation's weights instead of the last ones.
+        keep_pruned: Keep pruned triplets, as they were, in `pruned.safetensors` for `adalora curve` above 100 %.
         log_every: Steps between logged losses.
         workers: Processes that load data.
         seed: Of initialisation, order and dropout.
@@ -148,6 +149,7 @@ class TrainingPart(Part):
     length_grouping: bool = False
     evaluate_every: int | None = Field(default=None, ge=1)
     keep_best: bool = False
+    keep_pruned: bool = True
     log_every: int = Field(default=10, ge=1)
     workers: int = Field(default=0, ge=0)
     seed: int = 0

@@ -62,6 +62,8 @@ def catalogue() -> list[CatalogueEntry]:
     """Every recipe that comes with the package, variants included, by name."""
     entries = []
     for path in sorted(catalogue_folder().rglob("*.yaml")):
+        if path.parent.name == "suites":  # comparisons of recipes
+            continue
         fields = read_yaml(path)
         name = path.relative_to(catalogue_folder()).with_suffix("").as_posix()
         for variant in [None, *fields.get("variants", {})]:

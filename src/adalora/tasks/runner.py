@@ -5,28 +5,30 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
 from rich.console import Console
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 
-from adalora.errors import RecipeError, TrainingError
+from adalora.errors import DataError, RecipeError, TrainingError
 from adalora.integrations.trainer import AdaLoraCallback
 from adalora.lora.checkpoint import latest_checkpoint
 from adalora.report.history import History
 from adalora.report.html import build_report
-from adalora.tasks.base import make_task
-from adalora.tasks.data import load_splits
+from adalora.tasks.base import Task, make_task
+from adalora.tasks.data import Splits, load_splits
 from adalora.tasks.models import adapter_parameters, build_model, build_processor, trainable
 from adalora.tasks.outputs import (
     ADAPTER,
     HISTORY,
     METRICS,
+    PRUNED,
     RECIPE,
     REPORT,
     WORK,
@@ -41,6 +43,36 @@ from adalora.tasks.recipe_files import dump_recipe
 from adalora.tasks.training import make_trainer
 
 PACKAGES = ("adalora", "torch", "peft", "transformers", "datasets")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunHooks:
+    """What a caller may do differently in a run, e.g. to train another method on the same recipe.
+
+    Attributes:
+        build: Makes the model to train, in place of the recipe's LoRA, from recipe, task, processor and splits.
+        callbacks: Makes further trainer callbacks from the model.
+        split: Rows for the final metrics; by default test, else validation, else train.
+        keep_adapter: Write the adapter and the report; a run that only measures has no use for them.
+    """
+
+    build: Callable[[Recipe, Task, Any, Splits], Any] | None = None
+    callbacks: Callable[[Any], Sequence[TrainerCallback]] | None = None
+    split: Literal["validation", "test"] | None = None
+    keep_adapter: bool = True
+
+    def rows(self, splits: Splits) -> tuple[str, Any]:
+        """The name of the split to measure on, and its rows.
+
+        Raises:
+            DataError: The data set has no such split.
+        """
+        if self.split is None:
+            return splits.measured
+        rows = getattr(splits, self.split)
+        if rows is None:
+            raise DataError(f"there is no {self.split} split: set data.{self.split}_fraction=0.1")
+        return self.split, rows
 
 
 @dataclass(frozen=True)
@@ -64,7 +96,12 @@ class RunResult:
 
 
 def run_recipe(
-    recipe: Recipe, *, overwrite: bool = False, resume: bool = False, console: Console | None = None
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    console: Console | None = None,
+    hooks: RunHooks | None = None,
 ) -> RunResult:
     """Train, evaluate and write everything to the recipe's output folder.
 
@@ -78,32 +115,36 @@ def run_recipe(
     """
     from accelerate import PartialState
 
-    console = console or Console()
+    console, hooks = console or Console(), hooks or RunHooks()
     datasets.disable_progress_bars()  # ours is the only bar
     started = time.monotonic()
     first = PartialState().is_main_process
     checkpoint = _interrupted(recipe.folder) if resume else None
     folder = prepare_folder(recipe.folder, overwrite=overwrite) if first and not resume else recipe.folder
     splits = load_splits(recipe)
+    split, rows = hooks.rows(splits)
     set_seed(recipe.training.seed)
     task = make_task(recipe, splits)
     processor = build_processor(recipe, task)
-    model = build_model(recipe, task, processor)
+    model = hooks.build(recipe, task, processor, splits) if hooks.build else build_model(recipe, task, processor)
     history = History(folder / HISTORY if first else None)
     adaptive = None
     if recipe.adalora is not None:
         adaptive = AdaLoraCallback(recipe.adalora, history=history, thresholds=recipe.diagnostics)
+        adaptive.pruned = folder / PRUNED if first and recipe.training.keep_pruned else None
         adaptive.resume_hint = f"adalora train {folder / RECIPE} --resume"
     trainer = make_trainer(recipe, task, model=model, processor=processor, splits=splits)
+    for callback in hooks.callbacks(model) if hooks.callbacks else ():
+        trainer.add_callback(callback)
     if first:
         write_text(folder / RECIPE, dump_recipe(recipe))
     before = trainable(model)
     _train(trainer, adaptive, console, checkpoint=checkpoint)
-    split, rows = splits.measured
     scores = task.evaluate(trainer, rows, processor)
     metrics = {
         "name": recipe.name,
         "task": recipe.task.name,
+        "main_metric": task.main_metric,
         "evaluated_on": f"{len(rows):,} rows of the {split} split",
         **scores,
         "scores": scores,
@@ -118,9 +159,10 @@ def run_recipe(
     }
     if first:
         history.add("metric", step=trainer.state.global_step - 1, split=split, values=scores)
-        save_adapter(model, processor, folder / ADAPTER)
+        if hooks.keep_adapter:
+            save_adapter(model, processor, folder / ADAPTER)
         write_text(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
-        if adaptive is not None:
+        if adaptive is not None and hooks.keep_adapter:
             build_report(history, folder / REPORT, names=[recipe.name])
         shutil.rmtree(folder / WORK, ignore_errors=True)
     return RunResult(folder, metrics, trainer)

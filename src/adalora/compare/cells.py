@@ -1,0 +1,208 @@
+"""Cells of a suite: task × budget × method × learning rate × seed, and what has been measured of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from adalora.compare.methods import METHODS, configure
+from adalora.compare.suite import MethodPart, Stage, Suite, TaskPart, task_name
+from adalora.errors import DataError
+from adalora.tasks.recipe import Recipe
+
+RESULTS = "results.jsonl"
+LOWER_IS_BETTER = ("loss", "nll", "perplexity", "wer", "cer", "mse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        task: Its name in the suite.
+        budget: Target rank; 0 for methods without a size.
+        method: Its name in the suite.
+        kind: Its name in `METHODS`.
+        learning_rate: Peak learning rate.
+        seed: Of everything.
+        stage: `dev` picks the learning rate, `test` measures.
+        recipe: The recipe to run, as plain data.
+        metric: What counts; None for the task's main metric.
+        higher_is_better: None: by the metric's name.
+        folder: Working folder of the run.
+    """
+
+    task: str
+    budget: int
+    method: str
+    kind: str
+    learning_rate: float
+    seed: int
+    stage: Stage
+    recipe: dict[str, Any]
+    metric: str | None
+    higher_is_better: bool | None
+    folder: str
+
+    @property
+    def key(self) -> str:
+        """Names the cell by everything that decides its outcome."""
+        fields = asdict(self)
+        for incidental in ("folder", "higher_is_better", "task", "method", "metric"):
+            fields.pop(incidental)
+        for incidental in ("output", "name", "description", "published"):
+            fields["recipe"].pop(incidental, None)
+        text = json.dumps(fields, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        size = f" r{self.budget}" if self.budget else ""
+        return f"{self.task}{size} {self.method} lr {self.learning_rate:g} seed {self.seed} {self.stage}"
+
+
+class Results:
+    """The results file: one JSON object per line, only ever appended to.
+
+    Args:
+        path: A last line that a crash has torn is left out, and its cell runs again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        self._torn = False
+        if not path.exists():
+            return
+        text = path.read_text(encoding="utf-8")
+        self._torn = bool(text) and not text.endswith("\n")
+        lines = text.split("\n")
+        for number, line in enumerate(lines):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                self.rows[row["key"]] = row
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                if number == len(lines) - 1 or self._is_torn_tail(lines, number):
+                    continue
+                raise DataError(f"{path}:{number + 1}: not a result of adalora compare: {line[:60]!r}") from error
+
+    def _is_torn_tail(self, lines: list[str], number: int) -> bool:
+        """A torn line was closed by the next start: it does not end in a brace."""
+        return not lines[number].endswith("}")
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one result in a single write, and flush it to the disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = ("\n" if self._torn else "") + json.dumps(row, default=str) + "\n"
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line.encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        self._torn = False
+        self.rows[row["key"]] = row
+
+    def done(self, cell: Cell) -> bool:
+        """The cell has an outcome: a score, a refusal, or divergence. What merely failed is tried again."""
+        return self.rows.get(cell.key, {}).get("status") in ("ok", "refused", "diverged")
+
+    def of(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
+        """Rows of those cells that have one, under the names that the suite gives them now."""
+        return [
+            {**self.rows[cell.key], "task": cell.task, "method": cell.method, "budget": cell.budget}
+            for cell in cells
+            if cell.key in self.rows
+        ]
+
+
+def groups(suite: Suite) -> list[tuple[TaskPart, int, MethodPart]]:
+    """Task, budget and method of every comparison; methods without a size come once, with budget 0."""
+    found = []
+    for task in suite.tasks:
+        for number, budget in enumerate(task.budgets or suite.budgets):
+            for method in suite.methods:
+                if METHODS[method.kind].budgeted:
+                    found.append((task, budget, method))
+                elif number == 0:
+                    found.append((task, 0, method))
+    return found
+
+
+def dev_cells(suite: Suite, task: TaskPart, budget: int, method: MethodPart) -> list[Cell]:
+    """The cells that pick a learning rate; none where there is nothing to pick."""
+    rates = method.learning_rates or suite.learning_rates
+    if len(rates) == 1:
+        return []
+    pairs = [(rate, seed) for rate in rates for seed in suite.tuning_seeds]
+    return [make_cell(suite, task, budget, method, rate=rate, seed=seed, stage="dev") for rate, seed in pairs]
+
+
+def cells_of_rate(suite: Suite, task: TaskPart, budget: int, method: MethodPart, *, rate: float) -> list[Cell]:
+    """The cells that touch the test split, once per seed."""
+    return [make_cell(suite, task, budget, method, rate=rate, seed=seed, stage="test") for seed in suite.seeds]
+
+
+def pick_rate(suite: Suite, task: TaskPart, budget: int, method: MethodPart, *, results: Results) -> float | None:
+    """The learning rate with the best mean dev score; None while dev cells are missing, or where none has a score."""
+    rates = method.learning_rates or suite.learning_rates
+    if len(rates) == 1:
+        return rates[0]
+    means: dict[float, float] = {}
+    for rate in rates:
+        wanted = [cell for cell in dev_cells(suite, task, budget, method) if cell.learning_rate == rate]
+        if not all(results.done(cell) for cell in wanted):
+            return None
+        rows = results.of(wanted)
+        if all(row["status"] == "ok" for row in rows):
+            means[rate] = statistics.fmean(sign(row, task) * row["score"] for row in rows)
+    return max(means, key=lambda rate: means[rate]) if means else None
+
+
+def sign(row: dict[str, Any], task: TaskPart | None = None) -> int:
+    """1 where a higher score is better, else -1."""
+    given = task.higher_is_better if task is not None else row.get("higher_is_better")
+    better = row["metric"] not in LOWER_IS_BETTER if given is None else given
+    return 1 if better else -1
+
+
+def make_cell(
+    suite: Suite, task: TaskPart, budget: int, method: MethodPart, *, rate: float, seed: int, stage: Stage
+) -> Cell:
+    """One cell with its resolved recipe.
+
+    Raises:
+        RecipeError: The method's fields do not fit the recipe.
+    """
+    rank = budget or (task.budgets or suite.budgets)[0]
+    alpha = None if suite.alpha_per_rank is None else suite.alpha_per_rank * rank
+    recipe: Recipe = configure(
+        suite.recipe(task), method.kind, rank=rank, alpha=alpha, lora=method.lora, adalora=method.adalora
+    )
+    fields = recipe.to_dict()
+    fields["training"] |= {"learning_rate": rate, "seed": seed}
+    name = f"{task_name(task)}-{budget}-{method.name}-{rate:g}-{seed}-{stage}"
+    folder = suite.folder / "work" / name
+    fields["output"] = str(folder)
+    return Cell(
+        task=task_name(task),
+        budget=budget,
+        method=method.name,
+        kind=method.kind,
+        learning_rate=rate,
+        seed=seed,
+        stage=stage,
+        recipe=fields,
+        metric=task.metric,
+        higher_is_better=task.higher_is_better,
+        folder=str(folder),
+    )

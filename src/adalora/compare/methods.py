@@ -1,0 +1,214 @@
+"""The methods that can be compared: what each trains, and how its size is set to the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import AdaLoraConfig as PeftAdaLoraConfig
+from peft import EvaConfig, get_peft_model
+from torch import nn
+from transformers import TrainerCallback
+
+from adalora.compare.bottleneck import inject
+from adalora.compare.eva import fill_eva
+from adalora.errors import RecipeError
+from adalora.tasks.base import Task
+from adalora.tasks.data import Splits
+from adalora.tasks.models import load_base, lora_config
+from adalora.tasks.recipe import Recipe
+
+INITIAL = 1.5  # initial over target rank, the paper's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What one method changes in a recipe.
+
+    Attributes:
+        help: One line.
+        lora: Fields of LoraConfig.
+        adalora: Fields of AdaLoraConfig beside the target rank; None where this package's method is not used.
+        initial: Initial over target rank.
+        budgeted: Its size can be chosen; others are trained once, whatever the budget.
+    """
+
+    help: str
+    lora: dict[str, Any] = field(default_factory=dict)
+    adalora: dict[str, Any] | None = None
+    initial: float = 1.0
+    budgeted: bool = True
+
+    @property
+    def adaptive(self) -> bool:
+        """It is run by this package's controller."""
+        return self.adalora is not None
+
+
+METHODS: dict[str, Method] = {
+    "full": Method(help="all parameters", budgeted=False),
+    "head": Method(help="the new head alone", budgeted=False),
+    "bitfit": Method(help="biases and head (Ben Zaken et al. 2022)", budgeted=False),
+    "houlsby": Method(help="adapters after attention and feed-forward, layer norms (Houlsby et al. 2019)"),
+    "pfeiffer": Method(help="adapters after feed-forward (Pfeiffer et al. 2021)"),
+    "lora": Method(help="LoRA"),
+    "rslora": Method(help="LoRA with scale α/√r", lora={"use_rslora": True}),
+    "dora": Method(help="DoRA", lora={"use_dora": True}),
+    "eva": Method(help="EVA: PEFT's initialisation and ranks from activations"),
+    "peft-adalora": Method(help="AdaLoRA as PEFT ships it, the paper's settings", initial=INITIAL),
+    "svd-lora": Method(
+        help="P, λ, Q without allocation",
+        adalora={"parametrization": "svd", "schedule": "constant", "scale": "matched"},
+    ),
+    "random": Method(help="this package, triplets kept at random", adalora={"importance": "random"}, initial=INITIAL),
+    "ours": Method(help="this package, default configuration", adalora={}, initial=INITIAL),
+}
+
+
+def configure(
+    recipe: Recipe,
+    kind: str,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    lora: dict[str, Any] | None = None,
+    adalora: dict[str, Any] | None = None,
+) -> Recipe:
+    """A recipe as one method trains it.
+
+    Args:
+        recipe: Its model, data, task and training are kept.
+        kind: Name in `METHODS`.
+        rank: Budget, as the target rank.
+        alpha: `lora_alpha`; by default the recipe's.
+        lora: Further fields of LoraConfig.
+        adalora: Further fields of AdaLoraConfig.
+    """
+    method = METHODS[kind]
+    fields = recipe.to_dict()
+    start = rank if method.initial == 1 else max(rank + 1, round(rank * method.initial))
+    fields["lora"] = {**fields["lora"], "r": start, **method.lora, **(lora or {})}
+    if alpha is not None:
+        fields["lora"]["lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
+    fields["adalora"] = None
+    if method.adalora is not None:
+        fields["adalora"] = {"target_rank": rank, **method.adalora, **(adalora or {})}
+    return Recipe.parse(fields, where=recipe.name)
+
+
+class MethodRun:
+    """One run of a method: builds its model and counts what it has trained.
+
+    Args:
+        kind: Name in `METHODS`.
+        rank: Budget, as the target rank.
+    """
+
+    def __init__(self, kind: str, *, rank: int) -> None:
+        self.kind = kind
+        self.rank = rank
+        self._fresh: list[str] = []
+
+    def build(self, recipe: Recipe, task: Task, processor: Any, splits: Splits) -> Any:
+        """Base model with what the method trains.
+
+        Raises:
+            RecipeError: The method cannot be used on this model or data; says why.
+        """
+        model, self._fresh = load_base(recipe, task, processor)
+        config = lora_config(recipe, task, model, self._fresh)
+        if self.kind == "peft-adalora":
+            return get_peft_model(model, _peft_adalora(recipe, config, rank=self.rank))
+        if self.kind == "eva":
+            config.init_lora_weights, config.eva_config = "eva", EvaConfig()
+            model = get_peft_model(model, config, low_cpu_mem_usage=True)
+            return fill_eva(model, recipe, task, processor=processor, splits=splits)
+        if self.kind not in ("full", "head", "bitfit", "houlsby", "pfeiffer"):
+            return get_peft_model(model, config)
+        if self.kind in ("houlsby", "pfeiffer"):
+            model, budget = _lora_size(model, config)
+            inject(model, "houlsby" if self.kind == "houlsby" else "pfeiffer", budget=budget)
+        elif self.kind != "full":
+            self._choose(model)
+        for name in self._fresh:
+            model.get_submodule(name).requires_grad_(True)
+        return model
+
+    def callbacks(self, model: Any) -> Sequence[TrainerCallback]:
+        """What the method needs in the training loop."""
+        return [PeftAllocation(model)] if self.kind == "peft-adalora" else []
+
+    def parameters(self, model: nn.Module) -> int:
+        """Parameters that the method has trained and that are still in use, without the new head."""
+        if self.kind == "peft-adalora":
+            return _live_triplets(model)
+        heads = tuple(f"{name}." for name in self._fresh)
+        return sum(
+            parameter.numel()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and "modules_to_save" not in name and not name.startswith(heads)
+        )
+
+    def _choose(self, model: nn.Module) -> None:
+        model.requires_grad_(False)
+        if self.kind == "head" and not self._fresh:
+            raise RecipeError("method head: this model's checkpoint brings its head; there is no new one to train")
+        if self.kind == "bitfit":
+            biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+            if not biases:
+                raise RecipeError(f"method bitfit: {type(model).__name__} has no biases")
+            for parameter in biases:
+                parameter.requires_grad_(True)
+
+
+class PeftAllocation(TrainerCallback):
+    """Calls PEFT's `update_and_allocate` between the optimizer's step and the deletion of the gradients."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Smooth the scores and deal out the budget; `state.global_step` is the finished step's number."""
+        self.model.base_model.update_and_allocate(state.global_step)
+
+
+def _peft_adalora(recipe: Recipe, config: Any, *, rank: int) -> PeftAdaLoraConfig:
+    """The settings of the paper's GLUE runs: 1.5 times the rank, β 0.85, γ 0.1, spans as on MNLI."""
+    total = recipe.training.max_steps
+    if total is None:
+        raise RecipeError("method peft-adalora needs training.max_steps: PEFT wants the number of steps up front")
+    return PeftAdaLoraConfig(
+        task_type=config.task_type,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        modules_to_save=config.modules_to_save,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_r=rank,
+        init_r=config.r,
+        tinit=max(1, round(total * 8_000 / 85_900)),
+        tfinal=max(1, round(total * 50_000 / 85_900)),
+        deltaT=max(1, round(total * 100 / 85_900)),
+        beta1=0.85,
+        beta2=0.85,
+        orth_reg_weight=0.1,
+        total_step=total,
+    )
+
+
+def _live_triplets(model: nn.Module) -> int:
+    parts = dict(model.named_parameters())
+    total = 0
+    for name, values in parts.items():
+        if ".lora_E." in name:
+            wide, tall = parts[name.replace("lora_E", "lora_A")], parts[name.replace("lora_E", "lora_B")]
+            total += int((values != 0).sum()) * (wide.shape[1] + tall.shape[0] + 1)
+    return total
+
+
+def _lora_size(model: Any, config: Any) -> tuple[Any, int]:
+    """Parameters of the LoRA that the recipe would train; the model comes back without it."""
+    probe = get_peft_model(model, config)
+    size = sum(p.numel() for name, p in probe.named_parameters() if ".lora_" in name)
+    return probe.unload(), size

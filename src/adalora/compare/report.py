@@ -1,0 +1,91 @@
+"""The report of a comparison as Markdown and as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jinja2
+
+from adalora.compare.plots import plot_curves, plot_parameters, plot_rates
+from adalora.compare.summary import Summary
+from adalora.compare.tables import COLUMNS, OVERALL, overall, sentences, tables
+from adalora.report.style import GRID, INK, MUTED, PHASES, SERIES, SURFACE, to_svg
+from adalora.tasks.outputs import write_text
+
+NOTE = (
+    "Differences are of test scores on the same seeds, better is positive, with {confidence:.0%} bootstrap intervals; "
+    "P(better) is the chance that a run of the method beats one of {baseline}; p is of the paired t-test, corrected by "
+    "Holm for all comparisons of this page. Every learning rate was picked on the dev split with seeds {tuning}; the "
+    "test split was touched once per seed ({seeds}). Parameters are those in use at the end, without a new head."
+)
+
+
+def write_report(summary: Summary, folder: Path) -> list[Path]:
+    """Write `report.md` and `report.html`; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {"report.md": markdown(summary), "report.html": html(summary)}
+    for name, text in made.items():
+        write_text(folder / name, text)
+    return [folder / name for name in made]
+
+
+def note(summary: Summary) -> str:
+    """How the figures came about."""
+    suite = summary.suite
+    return NOTE.format(
+        confidence=suite.confidence,
+        baseline=suite.baseline,
+        tuning=", ".join(map(str, suite.tuning_seeds)),
+        seeds=", ".join(map(str, suite.seeds)),
+    )
+
+
+def markdown(summary: Summary) -> str:
+    """The report as Markdown."""
+    parts = [f"# {summary.suite.name}", summary.suite.description, note(summary)]
+    for title, rows in tables(summary):
+        parts += [f"## {title}", _markdown_table(COLUMNS, rows)]
+    if summary.overall:
+        parts += [f"## Mean over tasks, against {summary.suite.baseline}", _markdown_table(OVERALL, overall(summary))]
+    parts += ["\n".join(f"- {sentence}" for sentence in sentences(summary))]
+    parts += ["\n".join(f"- {text}" for text in summary.environments)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def html(summary: Summary) -> str:
+    """The report as one HTML page with its figures inside."""
+    found = list(tables(summary))
+    figures = []
+    for task in dict.fromkeys(line.task for line in summary.lines):
+        budgets = list(dict.fromkeys(x.budget for x in summary.lines if x.task == task and x.budget)) or [0]
+        figures.append((f"{task}: score against parameters", plot_parameters(summary, task)))
+        for budget in budgets:
+            figures.append((f"{task}: learning curves, rank {budget}", plot_curves(summary, task, budget)))
+            figures.append((f"{task}: score against learning rate, rank {budget}", plot_rates(summary, task, budget)))
+    loader = jinja2.PackageLoader("adalora.compare", "templates")
+    page = jinja2.Environment(loader=loader, autoescape=True).get_template("report.html.j2")
+    return page.render(
+        suite=summary.suite,
+        note=note(summary),
+        columns=COLUMNS,
+        tables=found,
+        overall_columns=OVERALL,
+        overall=overall(summary),
+        sentences=sentences(summary),
+        figures=[to_svg(figure, label=label, key=f"f{number}") for number, (label, figure) in enumerate(figures)],
+        palette=palette(),
+        environments=summary.environments,
+    )
+
+
+def palette() -> str:
+    """The CSS variables that the figures' colours refer to."""
+    colours = {f"s{n}": colour for n, colour in enumerate(SERIES)} | {f"phase{n}": c for n, c in enumerate(PHASES)}
+    colours |= {"ink": INK, "muted": MUTED, "grid": GRID, "surface": SURFACE}
+    return ":root{" + "".join(f"--{name}:{colour};" for name, colour in colours.items()) + "}"
+
+
+def _markdown_table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    lines = [columns, ["---"] * len(columns), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,224 @@
+"""A suite: which methods are compared on which recipes, with which learning rates, seeds and budgets."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from adalora.compare.methods import METHODS
+from adalora.errors import RecipeError
+from adalora.tasks.problems import describe, suggest
+from adalora.tasks.recipe import Recipe
+from adalora.tasks.recipe_files import catalogue_folder, load_recipe, read_yaml
+
+
+class Part(BaseModel):
+    """Base of a suite's parts: immutable, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TaskPart(Part):
+    """One task of a suite.
+
+    Attributes:
+        recipe: Name or file of a recipe; it brings model, data and task.
+        name: Short name in tables; by default the recipe's.
+        set: Overrides of the recipe, `{training.batch_size: 8}`.
+        steps: Optimizer steps of every method; by default the suite's.
+        budgets: Target ranks for this task; by default the suite's.
+        metric: What counts; by default the task's main metric.
+        higher_is_better: Whether a higher value of it is better; by default by its name.
+        seconds: Expected seconds of one cell, for `--dry-run`, until cells have been measured.
+    """
+
+    recipe: str = Field(min_length=1)
+    name: str | None = None
+    set: dict[str, Any] = {}
+    steps: int | None = Field(default=None, ge=1)
+    budgets: list[int] | None = Field(default=None, min_length=1)
+    metric: str | None = None
+    higher_is_better: bool | None = None
+    seconds: float | None = Field(default=None, gt=0)
+
+
+class MethodPart(Part):
+    """One method of a suite: one of the known ones, or a variation of it.
+
+    Attributes:
+        name: In tables.
+        base: The known method that it varies; by default the one of this name.
+        adalora: Fields of `AdaLoraConfig` to change; only for methods of this package.
+        lora: Fields of `LoraConfig` to change.
+        learning_rates: A grid of its own.
+    """
+
+    name: str = Field(min_length=1)
+    base: str = ""
+    adalora: dict[str, Any] = {}
+    lora: dict[str, Any] = {}
+    learning_rates: list[float] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _known(self) -> MethodPart:
+        if self.kind not in METHODS:
+            raise ValueError(suggest(self.kind, METHODS, "methods"))
+        if self.adalora and not METHODS[self.kind].adaptive:
+            raise ValueError(f"method {self.name!r}: adalora fields need base: ours, svd-lora or random")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """Name of the known method."""
+        return self.base or self.name
+
+
+class Suite(Part):
+    """A comparison.
+
+    Attributes:
+        name: Short name; by default that of the file.
+        description: One line.
+        tasks: A plain text is a recipe.
+        methods: A plain text is a known method.
+        baseline: The method that others are measured against.
+        learning_rates: The grid of every method.
+        tuning_seeds: Seeds that the learning rate is picked with, on the dev split, by their mean.
+        seeds: Seeds of the test cells; the same for every method, so that they can be paired.
+        steps: Optimizer steps, unless a task has its own.
+        budgets: Budgets as target ranks: a method gets the parameters of a LoRA of that rank.
+        alpha_per_rank: α divided by the target rank, the same for all LoRA-like methods; None: the recipe's α.
+        evaluate_every: Steps between dev evaluations of a run, for learning curves; none by default.
+        confidence: Of the intervals.
+        output: Folder of results and report.
+    """
+
+    name: str = "suite"
+    description: str = ""
+    tasks: list[TaskPart] = Field(min_length=1)
+    methods: list[MethodPart] = Field(min_length=1)
+    baseline: str = "lora"
+    learning_rates: list[float] = Field(min_length=1)
+    tuning_seeds: list[int] = Field(default=[0], min_length=1)
+    seeds: list[int] = Field(default=[1, 2, 3, 4, 5], min_length=1)
+    steps: int | None = Field(default=None, ge=1)
+    budgets: list[int] = Field(default=[8], min_length=1)
+    alpha_per_rank: float | None = Field(default=2.0, gt=0)
+    evaluate_every: int | None = Field(default=None, ge=1)
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    output: str = Field(min_length=1)
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _short_tasks(cls, value: Any) -> Any:
+        return [{"recipe": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _short_methods(cls, value: Any) -> Any:
+        return [{"name": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _positive(cls, value: list[float]) -> list[float]:
+        for rate in value:
+            if not rate > 0:
+                raise ValueError(f"{rate} must be above 0")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Suite:
+        names = [method.name for method in self.methods]
+        for what, values in (
+            ("methods", names),
+            ("seeds", self.seeds),
+            ("tuning_seeds", self.tuning_seeds),
+            ("learning_rates", self.learning_rates),
+            ("budgets", self.budgets),
+            ("tasks", [task_name(task) for task in self.tasks]),
+        ):
+            twice = sorted({str(v) for v in values if list(values).count(v) > 1})
+            if twice:
+                raise ValueError(f"{what}: {', '.join(twice)} comes twice; give tasks and methods names of their own")
+        if self.baseline not in names:
+            raise ValueError(f"baseline={self.baseline!r} is not among methods: {', '.join(names)}")
+        for task in self.tasks:
+            if task.steps is None and self.steps is None:
+                raise ValueError(f"tasks: {task_name(task)} needs steps, of its own or of the suite")
+        return self
+
+    @cached_property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.output)
+
+    def method(self, name: str) -> MethodPart:
+        """The method of that name."""
+        return next(method for method in self.methods if method.name == name)
+
+    def recipe(self, task: TaskPart) -> Recipe:
+        """A task's recipe with its overrides, for the steps of the suite.
+
+        Raises:
+            RecipeError: No such recipe, or a field is wrong.
+        """
+        import json
+
+        changes = [f"{field}={json.dumps(value)}" for field, value in task.set.items()]
+        changes.append(f"training.max_steps={task.steps or self.steps}")
+        if self.evaluate_every is not None:
+            changes.append(f"training.evaluate_every={self.evaluate_every}")
+        return load_recipe(task.recipe, overrides=changes)
+
+
+def task_name(task: TaskPart) -> str:
+    """A task's name in tables."""
+    return task.name or Path(task.recipe.replace(":", "-")).stem
+
+
+def load_suite(source: str | Path, *, output: str | None = None) -> Suite:
+    """Read a suite and check every recipe that it names.
+
+    Args:
+        source: A YAML file, or the name of a suite that comes with the package (`core`, `smoke`).
+        output: Folder in place of the suite's.
+
+    Raises:
+        RecipeError: No such file, not YAML, or a field is wrong.
+    """
+    path = find_suite(source)
+    fields = read_yaml(path)
+    fields.setdefault("name", path.stem)
+    fields.setdefault("output", f"runs/compare-{fields['name']}")
+    if output is not None:
+        fields["output"] = output
+    try:
+        suite = Suite.model_validate(fields)
+    except pydantic.ValidationError as error:
+        raise RecipeError(f"{path.name}: {describe(error, Suite)}") from error
+    for task in suite.tasks:
+        suite.recipe(task)
+    return suite
+
+
+def find_suite(source: str | Path) -> Path:
+    """The file that a name or path stands for.
+
+    Raises:
+        RecipeError: There is none.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    folder = catalogue_folder() / "suites"
+    if (folder / f"{source}.yaml").is_file():
+        return folder / f"{source}.yaml"
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    raise RecipeError(f"suite {str(source)!r}: {suggest(str(source), known, 'suites')}, or give a YAML file")
+
+
+Stage = Literal["dev", "test"]

@@ -1,0 +1,97 @@
+"""The tables of a comparison: for the terminal, for Markdown, for HTML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from adalora.compare.statistics import Interval
+from adalora.compare.summary import Line, Summary
+
+COLUMNS = (
+    "method", "parameters", "lr", "score", "difference", "wins–losses", "P(better)", "p (Holm)", "seconds", "verdict",
+)  # fmt: skip
+
+
+def tables(summary: Summary) -> Iterator[tuple[str, list[list[str]]]]:
+    """Title and rows for each task and budget; methods without a size stand in each table of their task."""
+    keys = dict.fromkeys((line.task, line.budget) for line in summary.lines if line.budget)
+    sizeless = {line.task for line in summary.lines if not line.budget} - {task for task, _ in keys}
+    for task, budget in [*keys, *((task, 0) for task in sorted(sizeless))]:
+        chosen = [line for line in summary.lines if line.task == task and line.budget in (0, budget)]
+        metric = next((line.metric for line in chosen if line.metric), "no score yet")
+        arrow = "lower is better" if any(line.better < 0 for line in chosen) else "higher is better"
+        size = f", target rank {budget}" if budget else ""
+        yield f"{task}{size}: {metric} ({arrow})", [_row(summary, line) for line in chosen]
+
+
+def overall(summary: Summary) -> list[list[str]]:
+    """Mean difference over all tasks and budgets: method, difference with interval, comparisons, verdict."""
+    return [[name, _gain(gain), str(count), gain.verdict] for name, (gain, count) in summary.overall.items()]
+
+
+def rich_tables(summary: Summary) -> Iterator[Table]:
+    """All tables for a terminal."""
+    for title, rows in tables(summary):
+        yield _rich(title, COLUMNS, rows)
+    if summary.overall:
+        yield _rich(f"mean over tasks, against {summary.suite.baseline}", OVERALL, overall(summary))
+
+
+OVERALL = ("method", "difference", "comparisons", "verdict")
+
+
+def sentences(summary: Summary) -> list[str]:
+    """One sentence per comparison that shows no difference, or shows one."""
+    found = []
+    for line in summary.lines:
+        if line.comparison is None:
+            continue
+        gain = line.comparison.difference
+        where = f"{line.task}" + (f" at rank {line.budget}" if line.budget else "")
+        found.append(f"{line.method} against {summary.suite.baseline} on {where}: {gain.verdict} ({_gain(gain)}).")
+    return found
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number for a table; a dash where there is none."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _row(summary: Summary, line: Line) -> list[str]:
+    found = line.comparison
+    score = number(line.mean())
+    if not math.isnan(line.deviation):
+        score += f" ± {line.deviation:.4f}"
+    size = line.mean("parameters")
+    verdict = found.difference.verdict if found else ("baseline" if line.method == summary.suite.baseline else "")
+    return [
+        line.method,
+        "–" if math.isnan(size) else f"{size:,.0f}",
+        "–" if line.learning_rate is None else f"{line.learning_rate:g}",
+        score,
+        _gain(found.difference) if found else "",
+        f"{found.wins}–{found.losses}" if found else "",
+        number(found.improvement, 2) if found else "",
+        number(found.corrected, 3) if found else "",
+        number(line.mean("seconds"), 0),
+        "; ".join(part for part in (verdict, line.trouble) if part),
+    ]
+
+
+def _gain(gain: Interval) -> str:
+    interval = "" if math.isnan(gain.low) else f" [{gain.low:+.4f}, {gain.high:+.4f}]"
+    return f"{gain.mean:+.4f}{interval}"
+
+
+def _rich(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> Table:
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("method", "verdict") else "right")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table

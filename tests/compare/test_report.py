@@ -1,0 +1,71 @@
+"""Tables and pages from rows whose outcome is known."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from adalora.compare.cells import RESULTS, Results, cells_of_rate, dev_cells, groups
+from adalora.compare.report import html, markdown, write_report
+from adalora.compare.summary import summarize
+from adalora.compare.tables import rich_tables, sentences
+
+SCORES = {"lora": 0.70, "ours": 0.75, "rslora": 0.70, "head": 0.5}
+
+
+@pytest.fixture
+def summary(make_suite, tmp_path):
+    suite = make_suite(methods=list(SCORES), learning_rates=[0.1, 0.01], seeds=[1, 2, 3, 4, 5], budgets=[2, 4])
+    results = Results(tmp_path / RESULTS)
+    for group in groups(suite):
+        for cell in [*dev_cells(suite, *group), *cells_of_rate(suite, *group, rate=0.01)]:
+            wobble = 0.01 * cell.seed + (0.004 * (-1) ** cell.seed if cell.method != "lora" else 0)
+            score = SCORES[cell.method] + wobble - (0.1 if cell.learning_rate == 0.1 else 0)
+            row = {"key": cell.key, "status": "ok", "metric": "accuracy", "score": score, "seconds": 3.0}
+            row |= {"parameters": 1000 * cell.budget, "loss_curve": [[1, 2.0], [2, 1.0]], "dev_curve": []}
+            row |= {"learning_rate": cell.learning_rate, "seed": cell.seed, "machine": "m", "versions": {"torch": "x"}}
+            results.add(row)
+    return summarize(suite, results)
+
+
+def test_rows_say_better_worse_and_no_difference(summary):
+    by = {(line.method, line.budget): line for line in summary.lines}
+    assert by["ours", 2].comparison.difference.mean == pytest.approx(0.05, abs=0.002)
+    assert by["ours", 2].comparison.difference.verdict == "better"
+    assert by["rslora", 4].comparison.difference.verdict == "no difference shown"
+    assert by["head", 0].comparison.difference.verdict == "worse"
+    assert by["lora", 2].comparison is None
+    assert by["lora", 2].learning_rate == 0.01
+    assert by["ours", 2].comparison.corrected > by["ours", 2].comparison.p_value
+    assert summary.overall["ours"][1] == 2
+    assert summary.overall["ours"][0].verdict == "better"
+    assert any("rslora" in text and "no difference shown" in text for text in sentences(summary))
+
+
+def test_terminal_and_markdown_hold_every_method(summary):
+    stream = io.StringIO()
+    for table in rich_tables(summary):
+        Console(file=stream, width=220).print(table)
+    text, page = stream.getvalue(), markdown(summary)
+    for method in SCORES:
+        assert method in text
+        assert f"| {method} |" in page
+    assert "5–0" in page
+    assert "target rank 2: accuracy (higher is better)" in page
+
+
+def test_html_stands_alone_and_has_its_figures(summary, tmp_path):
+    page = html(summary)
+    assert page.count("<svg") == 5  # parameters, and two for each of two budgets
+    assert not re.search(r'(src|href)="(https?:)?//', page)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert {f"--s{n}:" in page for n in range(6)} == {True}
+    assert {path.name for path in write_report(summary, tmp_path / "r")} == {"report.md", "report.html"}
+
+
+def test_report_of_nothing_says_so(make_suite, tmp_path):
+    empty = summarize(make_suite(), Results(tmp_path / "none.jsonl"))
+    assert "no score yet" in markdown(empty)
+    assert "<svg" in html(empty)

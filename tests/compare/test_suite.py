@@ -1,0 +1,34 @@
+import pytest
+
+from adalora.compare.suite import load_suite
+from adalora.errors import RecipeError
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["lorra"], "baseline": "lorra"}, "did you mean 'lora'"),
+        ({"baseline": "dora"}, "baseline='dora' is not among methods: lora, ours"),
+        ({"steps": None}, "moods needs steps"),
+        ({"seeds": [1, 1]}, "seeds: 1 comes twice"),
+        ({"learning_rates": [0.0]}, "0.0 must be above 0"),
+        ({"learnin_rates": [1.0]}, "did you mean 'learning_rates'"),
+        ({"methods": ["lora", {"name": "x", "base": "lora", "adalora": {"importance": "ratio"}}]}, "base: ours"),
+        ({"tasks": ["no-such-recipe"]}, "no-such-recipe"),
+    ],
+)
+def test_wrong_fields_are_named_with_what_is_allowed(make_suite, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        make_suite(**changes)
+
+
+def test_unknown_override_of_a_recipe_is_refused(make_suite, recipe_file):
+    with pytest.raises(RecipeError, match="batch_size"):
+        make_suite(tasks=[{"recipe": str(recipe_file), "set": {"training.batch_sise": 4}}])
+
+
+def test_suites_of_the_package_are_valid():
+    for name in ("core", "smoke"):
+        assert load_suite(name).tasks
+    with pytest.raises(RecipeError, match="did you mean 'smoke'"):
+        load_suite("smok")

@@ -1,0 +1,73 @@
+"""Versions and commands that are written in two places say the same."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+
+
+def pins(name):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+def declared():
+    """Requirements of the package and of the extra `tasks`."""
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["tasks"]]
+    return {found.name.lower(): found for found in map(Requirement, lines)}
+
+
+def test_the_oldest_versions_are_the_lowest_that_are_allowed():
+    oldest = {name.lower(): Version(version) for name, version in pins("constraints-oldest.txt").items()}
+    for name, requirement in declared().items():
+        (lowest,) = [Version(s.version) for s in requirement.specifier if s.operator == ">="]
+        assert oldest[name].release[: len(lowest.release)] == lowest.release, name
+        assert requirement.specifier.contains(oldest[name])
+
+
+def test_what_the_tests_run_with_is_allowed():
+    newest = {name.lower(): version for name, version in pins("constraints.txt").items()}
+    for name, requirement in declared().items():
+        assert requirement.specifier.contains(newest.get(name, "999")), name
+
+
+def test_hooks_have_the_versions_of_the_constraints():
+    text = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    tools = pins("constraints.txt")
+    for repository in yaml.safe_load(text)["repos"]:
+        for hook in repository["hooks"]:
+            for dependency in hook.get("additional_dependencies", []):
+                name, version = dependency.split("==")
+                assert tools[name] == version
+    assert f"name: mypy {tools['mypy']}" in text
+
+
+def test_workflows_and_pages_name_targets_that_the_makefile_has():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    asked = set()
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        (job,) = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values()
+        asked |= set(job["strategy"]["matrix"]["target"])
+    for page in ("README.md", "CONTRIBUTING.md", ".github/PULL_REQUEST_TEMPLATE.md"):
+        asked |= set(re.findall(r"`make ([\w-]+)`", (ROOT / page).read_text(encoding="utf-8")))
+    assert len(asked) >= 7
+    assert asked <= targets
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda p: p.stem)
+def test_issue_forms_are_valid(path):
+    form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if path.stem == "config":
+        assert set(form) <= {"blank_issues_enabled", "contact_links"}
+        return
+    assert {"name", "description", "body"} <= set(form)
+    names = [part["id"] for part in form["body"]]
+    assert len(set(names)) == len(names)
+    assert all(part["attributes"]["label"] for part in form["body"])
