@@ -77,7 +77,7 @@ def test_q_starts_along_the_true_gradient(parametrization):
     controller = adalora.attach(model, target_rank=2, total_steps=20, parametrization=parametrization)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     first = last = None
-    for step in range(20):
+    for _ in range(20):
         value = loss(model, next(batches(1)))
         value.backward()
         optimizer.step()

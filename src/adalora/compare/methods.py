@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from adalora.compare.bottleneck import inject
-from adalora.compare.eva import fill_eva
+from adalora.compare.feeding import fill_eva, follow_gradient
 from adalora.errors import RecipeError
 from adalora.tasks.base import Task
 from adalora.tasks.data import Splits
@@ -63,6 +63,7 @@ METHODS: dict[str, Method] = {
     ),
     "random": Method(help="this package, triplets kept at random", adalora={"importance": "random"}, initial=INITIAL),
     "ours": Method(help="this package, default configuration", adalora={}, initial=INITIAL),
+    "gradient": Method(help="ours, started along the gradient of eight batches", adalora={}, initial=INITIAL),
 }
 
 
@@ -127,6 +128,10 @@ class MethodRun:
             config.init_lora_weights, config.eva_config = "eva", EvaConfig()
             model = get_peft_model(model, config, low_cpu_mem_usage=True)
             return fill_eva(model, recipe, task, processor=processor, splits=splits)
+        if self.kind == "gradient":
+            model = get_peft_model(model, config)
+            follow_gradient(model, recipe, task, processor=processor, splits=splits)
+            return model
         if self.kind not in ("full", "head", "bitfit", "houlsby", "pfeiffer"):
             return get_peft_model(model, config)
         if self.kind in ("houlsby", "pfeiffer"):
