@@ -78,7 +78,7 @@ REFUSED = [
     ({"budget_scope": "block"}, "budget_scope='block': Input should be 'global', 'layer' or 'module_type'"),
     # Parametrizations
     ({"parametrization": "usv"}, "parametrization='usv': Input should be 'lora' or 'svd'"),
-    ({"parametrization": "svd", "initialization": "zeros"}, "Input should be 'keep', 'orthonormal' or 'gaussian'"),
+    ({"parametrization": "svd", "initialization": "zeros"}, "Input should be 'matched', 'keep', 'orthonormal' or 'gaussian'"),
     ({"scale": -2.0}, "scale=-2.0: as a number is s in ΔW = s·P·Λ·Q and must be above 0"),
     ({"score_weights": "between"}, "score_weights='between': Input should be 'after' or 'before'"),
     ({"score_gradient": "loss"}, "score_gradient='loss': Input should be 'total' or 'task'"),
