@@ -20,6 +20,11 @@ REFUSED = [
     ({"min_rank": -1}, "min_rank=-1: Input should be greater than or equal to 0"),
     ({"max_rank": 0}, "max_rank=0: Input should be greater than or equal to 1"),
     ({"min_rank": 4, "max_rank": 2}, "max_rank=2 is below min_rank=4"),
+    (
+        {"target_rank": 6, "max_rank": 4},
+        "max_rank=4 is below the average that is wanted, target_rank=6: use target_rank=4 or max_rank=6",
+    ),
+    ({"max_rank": 7}, "max_rank=7 is below the average that is wanted, target_rank=8: use target_rank=7 or max_rank=8"),
     ({"max_rank": {"key": -1}}, "Input should be greater than or equal to 0"),
     ({"max_rank": {"key": True}}, "max_rank={'key': True}: "),
     ({"min_rank": {}}, 'min_rank={}: has no entry: give names with numbers, e.g. {"query": 2}, or leave it out'),

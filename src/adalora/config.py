@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias, get_args
@@ -225,6 +226,11 @@ class AdaLoraConfig(BaseModel):
                 raise ValueError(f"{name}={value} must be above 0")
         if isinstance(self.max_rank, int) and isinstance(self.min_rank, int) and self.max_rank < self.min_rank:
             raise ValueError(f"max_rank={self.max_rank} is below min_rank={self.min_rank}")
+        if isinstance(self.max_rank, int) and self.target_rank is not None and self.max_rank < self.target_rank:
+            raise ValueError(
+                f"max_rank={self.max_rank} is below the average that is wanted, target_rank={self.target_rank:g}: "
+                f"use target_rank={self.max_rank} or max_rank={math.ceil(self.target_rank)}"
+            )
         if isinstance(self.warmup, float) and isinstance(self.final, float) and self.warmup + self.final > 1:
             raise ValueError(f"warmup={self.warmup} and final={self.final} are together more than the run (1.0)")
         self._fill_in()
