@@ -94,7 +94,7 @@ def scores():
         yield f"{score}_coupled", Mode({**COUPLED, "importance": score})
         yield f"{score}_svd", Mode({**SVD, "importance": score, "seed": 3})
         if score != "lambda_magnitude":
-            yield f"{score}_lora", Mode({"importance": score, "seed": 3})
+            yield f"{score}_lora", Mode({"importance": score, **({"seed": 3} if score == "random" else {})})
             yield f"{score}_no_handover", Mode({"importance": score, "handover": False})
         if not measured:
             yield f"{score}_before", Mode({"importance": score, "score_weights": "before"})
@@ -120,7 +120,7 @@ def others():
     yield "weight_0", Mode({"orthogonality_weight": 0.0})
     yield "weight_1", Mode({"orthogonality_weight": 1.0})
     for start in ("keep", "orthonormal", "gaussian"):
-        yield f"start_{start}", Mode({**SVD, "initialization": start, "seed": 5})
+        yield f"start_{start}", Mode({**SVD, "initialization": start, **({} if start == "keep" else {"seed": 5})})
     for schedule in SCHEDULES:
         yield f"schedule_{schedule}", Mode({"schedule": schedule})
         yield f"schedule_{schedule}_svd", Mode({**SVD, "schedule": schedule})
