@@ -64,8 +64,8 @@ class AdaLoraConfig(BaseModel):
             one, and their sum is the budget.
         min_rank: No module keeps fewer triplets than this: one number, or numbers by module name, e.g.
             `{"layer.0.*": 2}`. A name is the module's whole name or its end, with wildcards; the first one counts.
-        max_rank: No module keeps more triplets than this from the first allocation on; by name as well, e.g. `{"key": 0}`.
-            Together the caps must leave as much as the budget has.
+        max_rank: No module keeps more triplets than this from the first allocation on; by name as well, e.g.
+            `{"key": 0}`. Together the caps must leave as much as the budget has.
         warmup: Span at full rank before the budget shrinks (t_i).
         final: Span at the target budget (t_f).
         allocation_interval: Span between two allocations while the budget shrinks (ΔT).
