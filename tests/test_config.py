@@ -83,7 +83,10 @@ REFUSED = [
     ({"budget_scope": "block"}, "budget_scope='block': Input should be 'global', 'layer' or 'module_type'"),
     # Parametrizations
     ({"parametrization": "usv"}, "parametrization='usv': Input should be 'lora' or 'svd'"),
-    ({"parametrization": "svd", "initialization": "zeros"}, "Input should be 'keep', 'orthonormal' or 'gaussian'"),
+    (
+        {"parametrization": "svd", "initialization": "zeros"},
+        "Input should be 'matched', 'keep', 'orthonormal' or 'gaussian'",
+    ),
     ({"scale": -2.0}, "scale=-2.0: as a number is s in ΔW = s·P·Λ·Q and must be above 0"),
     ({"score_weights": "between"}, "score_weights='between': Input should be 'after' or 'before'"),
     ({"score_gradient": "loss"}, "score_gradient='loss': Input should be 'total' or 'task'"),
@@ -258,7 +261,8 @@ def test_amounts_as_text(name, text, number):
 
 
 def test_defaults_follow_the_parametrization():
-    assert AdaLoraConfig().initialization == "keep"
+    assert AdaLoraConfig().initialization == "matched"
+    assert AdaLoraConfig(scale="initial").initialization == "keep"
     assert AdaLoraConfig().handover
     svd = AdaLoraConfig(parametrization="svd")
     assert (svd.initialization, svd.handover) == ("orthonormal", False)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from adalora.errors import AdaLoraError, AdaLoraWarning
     from adalora.integrations.trainer import AdaLoraCallback
     from adalora.lora.checkpoint import latest_checkpoint
+    from adalora.lora.gradient_sketch import GradientSketch
     from adalora.registry import attach, controllers
     from adalora.report.history import History
 
@@ -25,6 +26,7 @@ __all__ = [
     "AdaLoraConfig",
     "AdaLoraError",
     "AdaLoraWarning",
+    "GradientSketch",
     "History",
     "RankController",
     "__version__",
@@ -38,6 +40,7 @@ _HOME = {
     "AdaLoraConfig": "adalora.config",
     "AdaLoraError": "adalora.errors",
     "AdaLoraWarning": "adalora.errors",
+    "GradientSketch": "adalora.lora.gradient_sketch",
     "History": "adalora.report.history",
     "RankController": "adalora.controller",
     "attach": "adalora.registry",

@@ -84,8 +84,11 @@ class AdaLoraConfig(BaseModel):
             (`"before"`).
         parametrization: `"lora"`: LoRA's own two factors, with λ as the length of P's columns; `"svd"`: P, λ and Q
             are trained as in Eq. 3, with λ a parameter of its own.
-        initialization: How a new adapter starts with `"svd"`: `"orthonormal"` P and Q and λ = 0 (default), both
-            `"gaussian"` with standard deviation 0.02 and λ = 0 (paper), or `"keep"`: LoRA's start, P = 0 and λ = 1.
+        initialization: How a new adapter starts. `"matched"` (default): LoRA's own start with the rows of Q shorter by
+            √(r/r₀), r₀ being the initial and r the target rank, so that Adam's first step moves the weight as far as it
+            does in a LoRA of the target rank. `"keep"`: LoRA's start as it is; with `"svd"`, P = 0 and λ = 1. With
+            `"svd"` alone: `"orthonormal"` P and Q and λ = 0 (its default), or both `"gaussian"` with standard deviation
+            0.02 and λ = 0 (paper).
         handover: At the end of warm-up, up to which the adapter trains exactly as LoRA does, turn every P·Q
             to its exact singular vectors. `"lora"` only.
         reorthonormalize: After each allocation turn P·Λ·Q to its exact singular vectors; the averages start anew.
@@ -128,7 +131,7 @@ class AdaLoraConfig(BaseModel):
     score_gradient: Literal["total", "task"] = "total"
     score_weights: Literal["after", "before"] = "after"
     parametrization: Literal["lora", "svd"] = "lora"
-    initialization: Literal["keep", "orthonormal", "gaussian"] = "keep"
+    initialization: Literal["matched", "keep", "orthonormal", "gaussian"] = "matched"
     handover: bool = True
     reorthonormalize: bool = False
     scale: Literal["target", "initial", "matched", "released"] | float = "target"
@@ -251,6 +254,8 @@ class AdaLoraConfig(BaseModel):
                 object.__setattr__(self, "initialization", "orthonormal")
             if "handover" not in given:
                 object.__setattr__(self, "handover", False)
+        elif "initialization" not in given and self.scale != "target":
+            object.__setattr__(self, "initialization", "keep")
         if self.total_parameters is not None or self.adapter_bytes is not None:
             if "budget_cost" in given and self.budget_cost == "rank":
                 raise ValueError('budget_cost="rank" contradicts a budget in parameters or bytes: leave it out')
@@ -276,6 +281,8 @@ class AdaLoraConfig(BaseModel):
             )
         if self.parametrization == "lora":
             self._refuse_svd_only()
+        elif self.initialization == "matched":
+            raise ValueError('initialization="matched" needs parametrization="lora": use scale="matched" with "svd"')
         elif self.handover:
             raise ValueError('handover=True needs parametrization="lora": with "svd" P, λ and Q are trained throughout')
         elif self.scale == "matched" and self.initialization == "keep":
@@ -322,6 +329,11 @@ class AdaLoraConfig(BaseModel):
         return self.nested or new or (self.importance == "random" and self.schedule != "constant")
 
     def _refuse_svd_only(self) -> None:
+        if self.initialization == "matched" and self.scale != "target":
+            raise ValueError(
+                f'initialization="matched" needs scale="target", not {self.scale!r}: leave one of them out, or use '
+                'initialization="keep"'
+            )
         for name, values in (
             ("initialization", ("orthonormal", "gaussian")),
             ("scale", ("matched", "released")),
@@ -390,6 +402,14 @@ class AdaLoraConfig(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """The fields that were given, JSON-ready; `AdaLoraConfig(**config.to_dict())` equals the original."""
         return self.model_dump(mode="json", exclude_unset=True)
+
+
+def initial_rank(target_rank: float) -> int:
+    """The rank to start with for a target: four times it while that is at most 16, and never less than 1.5 times it.
+
+    At low target ranks breadth during the search is what pays (`docs/results.md`); at high ones it costs time.
+    """
+    return max(round(target_rank) + 1, round(1.5 * target_rank), min(round(4 * target_rank), 16))
 
 
 def _read_amount(text: str, *, of_bytes: bool) -> int:

@@ -1,5 +1,6 @@
 """Tables and pages from rows whose outcome is known."""
 
+import dataclasses
 import io
 import re
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from adalora.compare.cells import RESULTS, Results, cells_of_rate, dev_cells, groups
 from adalora.compare.report import html, markdown, write_report
 from adalora.compare.summary import summarize
-from adalora.compare.tables import rich_tables, sentences
+from adalora.compare.tables import pace, rich_tables, sentences
 
 SCORES = {"lora": 0.70, "ours": 0.75, "rslora": 0.70, "head": 0.5}
 
@@ -23,7 +24,9 @@ def summary(make_suite, tmp_path):
             wobble = 0.01 * cell.seed + (0.004 * (-1) ** cell.seed if cell.method != "lora" else 0)
             score = SCORES[cell.method] + wobble - (0.1 if cell.learning_rate == 0.1 else 0)
             row = {"key": cell.key, "status": "ok", "metric": "accuracy", "score": score, "seconds": 3.0}
-            row |= {"parameters": 1000 * cell.budget, "loss_curve": [[1, 2.0], [2, 1.0]], "dev_curve": []}
+            slower = 10 if cell.method == "ours" else 20
+            curve = [[slower, score - 0.01], [2 * slower, score], [40, score]]
+            row |= {"parameters": 1000 * cell.budget, "loss_curve": [[1, 2.0], [2, 1.0]], "dev_curve": curve}
             row |= {"learning_rate": cell.learning_rate, "seed": cell.seed, "machine": "m", "versions": {"torch": "x"}}
             results.add(row)
     return summarize(suite, results)
@@ -40,7 +43,26 @@ def test_rows_say_better_worse_and_no_difference(summary):
     assert by["ours", 2].comparison.corrected > by["ours", 2].comparison.p_value
     assert summary.overall["ours"][1] == 2
     assert summary.overall["ours"][0].verdict == "better"
+    assert summary.overall["ours"][0].mean == pytest.approx(100 * 0.05 / 0.73, abs=0.3)  # percent of the score
     assert any("rslora" in text and "no difference shown" in text for text in sentences(summary))
+
+
+def test_pace_counts_steps_to_the_baselines_last_score(summary):
+    by = {(line.method, line.budget): line for line in summary.lines}
+    assert by["ours", 2].pace == [(10, 40)] * 5
+    assert pace(by["ours", 2]) == "10 / 40"
+    assert by["head", 0].pace == [(None, 40)] * 5
+    assert pace(by["head", 0]) == "not reached / 40"
+    assert pace(dataclasses.replace(by["ours", 2], pace=[(10, 40), (30, 40), (None, 40)])) == "20 / 40 (2 of 3 seeds)"
+    assert pace(by["lora", 2]) == ""
+
+
+def test_narrow_terminals_still_have_the_verdict(summary):
+    stream = io.StringIO()
+    for table in rich_tables(summary, wide=False):
+        Console(file=stream, width=100).print(table)
+    assert "verdict" in stream.getvalue()
+    assert "no difference shown" in stream.getvalue()
 
 
 def test_terminal_and_markdown_hold_every_method(summary):

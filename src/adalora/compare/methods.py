@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,14 +12,13 @@ from torch import nn
 from transformers import TrainerCallback
 
 from adalora.compare.bottleneck import inject
-from adalora.compare.eva import fill_eva
+from adalora.compare.feeding import fill_eva, follow_gradient
+from adalora.config import initial_rank
 from adalora.errors import RecipeError
 from adalora.tasks.base import Task
 from adalora.tasks.data import Splits
 from adalora.tasks.models import load_base, lora_config
 from adalora.tasks.recipe import Recipe
-
-INITIAL = 1.5  # initial over target rank, the paper's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,20 +29,25 @@ class Method:
         help: One line.
         lora: Fields of LoraConfig.
         adalora: Fields of AdaLoraConfig beside the target rank; None where this package's method is not used.
-        initial: Initial over target rank.
+        initial: Initial rank for a target rank.
         budgeted: Its size can be chosen; others are trained once, whatever the budget.
     """
 
     help: str
     lora: dict[str, Any] = field(default_factory=dict)
     adalora: dict[str, Any] | None = None
-    initial: float = 1.0
+    initial: Callable[[int], int] = int
     budgeted: bool = True
 
     @property
     def adaptive(self) -> bool:
         """It is run by this package's controller."""
         return self.adalora is not None
+
+
+def papers_initial(rank: int) -> int:
+    """1.5 times the target rank."""
+    return max(rank + 1, round(1.5 * rank))
 
 
 METHODS: dict[str, Method] = {
@@ -56,13 +60,16 @@ METHODS: dict[str, Method] = {
     "rslora": Method(help="LoRA with scale α/√r", lora={"use_rslora": True}),
     "dora": Method(help="DoRA", lora={"use_dora": True}),
     "eva": Method(help="EVA: PEFT's initialisation and ranks from activations"),
-    "peft-adalora": Method(help="AdaLoRA as PEFT ships it, the paper's settings", initial=INITIAL),
+    "peft-adalora": Method(help="AdaLoRA as PEFT ships it, the paper's settings", initial=papers_initial),
     "svd-lora": Method(
         help="P, λ, Q without allocation",
         adalora={"parametrization": "svd", "schedule": "constant", "scale": "matched"},
     ),
-    "random": Method(help="this package, triplets kept at random", adalora={"importance": "random"}, initial=INITIAL),
-    "ours": Method(help="this package, default configuration", adalora={}, initial=INITIAL),
+    "random": Method(
+        help="this package, triplets kept at random", adalora={"importance": "random"}, initial=initial_rank
+    ),
+    "ours": Method(help="this package, default configuration", adalora={}, initial=initial_rank),
+    "gradient": Method(help="ours, started along the gradient of eight batches", adalora={}, initial=initial_rank),
 }
 
 
@@ -89,13 +96,13 @@ def configure(
     """
     method = METHODS[kind]
     fields = recipe.to_dict()
-    start = rank if method.initial == 1 else max(rank + 1, round(rank * method.initial))
+    start = method.initial(rank)
     fields["lora"] = {**fields["lora"], "r": start, **method.lora, **(lora or {})}
     if alpha is not None:
         fields["lora"]["lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
     fields["adalora"] = None
     if method.adalora is not None:
-        cost = {"budget_cost": equal} if method.initial > 1 else {}  # nothing is allocated otherwise
+        cost = {"budget_cost": equal} if start > rank else {}  # nothing is allocated otherwise
         fields["adalora"] = {**cost, "target_rank": rank, **method.adalora, **(adalora or {})}
     return Recipe.parse(fields, where=recipe.name)
 
@@ -127,6 +134,10 @@ class MethodRun:
             config.init_lora_weights, config.eva_config = "eva", EvaConfig()
             model = get_peft_model(model, config, low_cpu_mem_usage=True)
             return fill_eva(model, recipe, task, processor=processor, splits=splits)
+        if self.kind == "gradient":
+            model = get_peft_model(model, config)
+            follow_gradient(model, recipe, task, processor=processor, splits=splits)
+            return model
         if self.kind not in ("full", "head", "bitfit", "houlsby", "pfeiffer"):
             return get_peft_model(model, config)
         if self.kind in ("houlsby", "pfeiffer"):

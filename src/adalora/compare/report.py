@@ -15,7 +15,8 @@ from adalora.tasks.outputs import write_text
 NOTE = (
     "Differences are of test scores on the same seeds, better is positive, with {confidence:.0%} bootstrap intervals; "
     "P(better) is the chance that a run of the method beats one of {baseline}; p is of the paired t-test, corrected "
-    "by Holm for all comparisons of this page. Every learning rate was picked on the dev split with seeds {tuning}; "
+    "by Holm for all comparisons of this page; pace is the median number of steps until the dev score is what "
+    "{baseline} ends with, and {baseline}'s own. Every learning rate was picked on the dev split with seeds {tuning}; "
     "the test split was touched once per seed ({seeds}). Parameters are those in use at the end, without a new head."
 )
 

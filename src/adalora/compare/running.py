@@ -86,8 +86,24 @@ def _train(cell: Cell) -> dict[str, Any]:
         "steps": result.metrics["steps"],
         "loss_curve": [[entry["step"], entry["loss"]] for entry in log if "loss" in entry],
         "dev_curve": [[entry["step"], entry[f"eval_{metric}"]] for entry in log if f"eval_{metric}" in entry],
+        **_allocated(result.trainer.model),
     }
     return {**row, "higher_is_better": sign({**row, "higher_is_better": cell.higher_is_better}) > 0}
+
+
+def _allocated(model: Any) -> dict[str, Any]:
+    """How steady the allocation was, of methods that this package runs."""
+    from adalora import controllers
+
+    for controller in controllers(model).values():
+        rounds = controller.history.of("allocation")
+        return {
+            "allocations": len(rounds),
+            "pruned": sum(r["pruned"] for r in rounds),
+            "revived": sum(r["revived"] for r in rounds),
+            "ranks": controller.ranks,
+        }
+    return {}
 
 
 def run_suite(suite: Suite, *, processes: int = 1, report: Report | None = None) -> Results:

@@ -29,6 +29,8 @@ class Line:
         dev: Rows of the dev cells that have a score.
         trouble: What did not work, in words.
         comparison: Against the baseline on the common seeds.
+        pace: Steps until the dev score was at least what the baseline ends with, and the baseline's steps until then,
+            on each common seed; None where that was never reached.
     """
 
     task: str
@@ -41,6 +43,7 @@ class Line:
     dev: list[dict[str, Any]] = field(default_factory=list)
     trouble: str = ""
     comparison: Comparison | None = None
+    pace: list[tuple[int | None, int]] = field(default_factory=list)
 
     @property
     def scores(self) -> list[float]:
@@ -65,7 +68,8 @@ class Summary:
     Attributes:
         suite: What was wanted.
         lines: By task, budget and method.
-        overall: Method → interval of the mean difference over the tasks and budgets that it shares with the baseline.
+        overall: Method → interval of the mean difference over the tasks and budgets that it shares with the baseline,
+            in percent of the baseline's mean score, so that tasks with different metrics weigh the same.
         done: Cells with an outcome.
         environments: Machines and versions that the rows were made on.
     """
@@ -144,11 +148,26 @@ def _against_baseline(suite: Suite, line: Line, lines: list[Line]) -> Line:
     mine, theirs = paired(line, base)
     if not mine:
         return line
-    return dataclasses.replace(line, comparison=compare(mine, theirs, confidence=suite.confidence))
+    return dataclasses.replace(
+        line, comparison=compare(mine, theirs, confidence=suite.confidence), pace=_pace(line, base)
+    )
+
+
+def _pace(line: Line, base: Line) -> list[tuple[int | None, int]]:
+    """By seed, the first evaluation that is as good as the baseline's last one."""
+    found = []
+    for seed in sorted(set(line.tests) & set(base.tests)):
+        curves = [each.tests[seed].get("dev_curve") or [] for each in (line, base)]
+        if not all(curves):
+            continue
+        goal = line.better * curves[1][-1][1]
+        mine, theirs = (next((s for s, score in c if line.better * score >= goal), None) for c in curves)
+        found.append((mine, theirs or curves[1][-1][0]))
+    return found
 
 
 def _overall(suite: Suite, method: str, lines: list[Line]) -> tuple[Interval, int] | None:
-    """Mean difference in units of each task's score, tasks and budgets weighing the same."""
+    """Mean difference in percent of the baseline's mean score, tasks and budgets weighing the same."""
     gains = []
     for line in lines:
         base = baseline_of(suite, line, lines)
@@ -156,5 +175,5 @@ def _overall(suite: Suite, method: str, lines: list[Line]) -> tuple[Interval, in
             continue
         mine, theirs = paired(line, base)
         if mine:
-            gains.append(np.subtract(mine, theirs))
+            gains.append(100 * np.subtract(mine, theirs) / max(abs(statistics.fmean(theirs)), 1e-12))
     return (interval(gains, confidence=suite.confidence), len(gains)) if gains else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 
 from rich.table import Table
@@ -11,7 +12,8 @@ from adalora.compare.statistics import Interval
 from adalora.compare.summary import Line, Summary
 
 COLUMNS = (
-    "method", "parameters", "lr", "score", "difference", "wins–losses", "P(better)", "p (Holm)", "seconds", "verdict",
+    "method", "parameters", "lr", "score", "difference", "wins–losses", "P(better)", "p (Holm)", "pace", "seconds",
+    "verdict",
 )  # fmt: skip
 
 
@@ -29,7 +31,22 @@ def tables(summary: Summary) -> Iterator[tuple[str, list[list[str]]]]:
 
 def overall(summary: Summary) -> list[list[str]]:
     """Mean difference over all tasks and budgets: method, difference with interval, comparisons, verdict."""
-    return [[name, _gain(gain), str(count), gain.verdict] for name, (gain, count) in summary.overall.items()]
+    return [
+        [name, _gain(gain, digits=2, unit=" %"), str(count), gain.verdict]
+        for name, (gain, count) in summary.overall.items()
+    ]
+
+
+def pace(line: Line) -> str:
+    """Median steps to the baseline's final dev score / the baseline's; how many seeds got there if not all."""
+    reached = [mine for mine, _ in line.pace if mine is not None]
+    if not line.pace:
+        return ""
+    theirs = statistics.median(steps for _, steps in line.pace)
+    if 2 * len(reached) <= len(line.pace):
+        return f"not reached / {theirs:g}"
+    few = "" if len(reached) == len(line.pace) else f" ({len(reached)} of {len(line.pace)} seeds)"
+    return f"{statistics.median(sorted(reached)):g} / {theirs:g}{few}"
 
 
 def rich_tables(summary: Summary, *, wide: bool = True) -> Iterator[Table]:
@@ -41,8 +58,8 @@ def rich_tables(summary: Summary, *, wide: bool = True) -> Iterator[Table]:
         yield _rich(f"mean over tasks, against {summary.suite.baseline}", OVERALL, overall(summary))
 
 
-WIDE_ONLY = ("P(better)", "p (Holm)", "seconds", "verdict", "lr")
-OVERALL = ("method", "difference", "comparisons", "verdict")
+WIDE_ONLY = ("P(better)", "p (Holm)", "pace", "seconds", "parameters", "lr")
+OVERALL = ("method", "difference in % of the score", "comparisons", "verdict")
 
 
 def sentences(summary: Summary) -> list[str]:
@@ -78,14 +95,15 @@ def _row(summary: Summary, line: Line) -> list[str]:
         f"{found.wins}–{found.losses}" if found else "",
         number(found.improvement, 2) if found else "",
         number(found.corrected, 3) if found else "",
+        pace(line),
         number(line.mean("seconds"), 0),
         "; ".join(part for part in (verdict, line.trouble) if part),
     ]
 
 
-def _gain(gain: Interval) -> str:
-    interval = "" if math.isnan(gain.low) else f" [{gain.low:+.4f}, {gain.high:+.4f}]"
-    return f"{gain.mean:+.4f}{interval}"
+def _gain(gain: Interval, *, digits: int = 4, unit: str = "") -> str:
+    interval = "" if math.isnan(gain.low) else f" [{gain.low:+.{digits}f}, {gain.high:+.{digits}f}]"
+    return f"{gain.mean:+.{digits}f}{unit}{interval}"
 
 
 def _rich(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> Table:

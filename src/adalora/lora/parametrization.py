@@ -11,7 +11,7 @@ from adalora.core.initialization import LORA_ROW_NORM
 from adalora.errors import AttachError
 from adalora.lora.forward import TripletVariant
 from adalora.lora.svd import add_lambda, fold_lambda
-from adalora.lora.triplets import TripletHandle, fresh, rescale, write_patterns
+from adalora.lora.triplets import TripletHandle, fresh, rescale, shorten, write_patterns
 
 RELEASED_STD = 0.02
 RELEASED_EPSILON = 1e-5  # the released code divides α by r + 1e-5
@@ -43,6 +43,7 @@ def prepare(model: nn.Module, handles: list[TripletHandle], config: AdaLoraConfi
             fold_lambda(h)
     if new:
         _set_scale(model, handles, config, shrink=shrink)
+        shorten(handles, shrink**-0.5 if config.initialization == "matched" else 1.0)
     generator = torch.Generator().manual_seed(config.seed)
     for h in handles:
         if config.parametrization == "svd" and h.lambda_parameter is None:

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from adalora.errors import AttachError
 from adalora.lora.forward import TripletVariant
 
+CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # values of init_lora_weights
+
 
 @dataclass(eq=False)
 class TripletHandle:
@@ -198,6 +200,7 @@ def find_triplets(model: nn.Module, adapter: str) -> list[TripletHandle]:
     mine = [(n, m) for n, m in layers if adapter in m.lora_A or adapter in m.lora_embedding_A]
     if not mine:
         raise AttachError(_no_layer_message(model, layers, adapter))
+    _refuse_changed_base(model, adapter)
     for name, layer in mine:
         _refuse_unsupported(name, layer, adapter)
     return [TripletHandle(name=n, layer=m, adapter=adapter) for n, m in mine]
@@ -211,6 +214,17 @@ def _no_layer_message(model: nn.Module, layers: list[tuple[str, Any]], adapter: 
         )
     names = sorted({key for _, m in layers for key in (*m.lora_A, *m.lora_embedding_A)})
     return f"no LoRA layer carries an adapter named {adapter!r}; the model has {', '.join(map(repr, names))}"
+
+
+def _refuse_changed_base(model: nn.Module, adapter: str) -> None:
+    """Starts that take the adapter's first product out of the base weight need its ranks again at loading."""
+    start = getattr(getattr(model, "peft_config", {}).get(adapter), "init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+        raise AttachError(
+            f"init_lora_weights={start!r} changes the base weights, and a saved adapter whose ranks have changed no "
+            'longer fits them. Use init_lora_weights="eva", or adalora.GradientSketch(model, batches).initialize(), '
+            "which leave the base as it is"
+        )
 
 
 def _refuse_unsupported(name: str, layer: Any, adapter: str) -> None:
@@ -267,6 +281,18 @@ def rescale(model: nn.Module, handles: list[TripletHandle], factor: float) -> No
     config.alpha_pattern = {key: _whole(value * factor) for key, value in config.alpha_pattern.items()}
 
 
+def shorten(handles: list[TripletHandle], factor: float) -> None:
+    """Multiply the rows of Q that LoRA started with by `factor`: once, also where a copy is attached anew."""
+    for h in handles:
+        if not hasattr(h.layer, "triplet_length"):
+            h.layer.triplet_length = {}
+            h.layer.other_param_names = (*h.layer.other_param_names, "triplet_length")
+        before = h.layer.triplet_length.get(h.adapter, 1.0)
+        if factor != before:
+            h.Q_ri.mul_(factor / before)
+        h.layer.triplet_length[h.adapter] = factor
+
+
 def write_patterns(model: nn.Module, handles: list[TripletHandle]) -> None:
     """Put the ranks that layers now have into the adapter's LoraConfig, so that stock PEFT rebuilds them.
 
@@ -276,6 +302,9 @@ def write_patterns(model: nn.Module, handles: list[TripletHandle]) -> None:
     live = [h for h in handles if not h.removed]
     if not live:
         return
+    if isinstance(config.init_lora_weights, str):
+        # How it started is over; PEFT would ask its conditions of the new ranks.
+        config.init_lora_weights, config.eva_config = True, None
     largest = max(live, key=lambda h: h.rank)
     config.r, config.lora_alpha = largest.rank, _alpha(largest, config.use_rslora)
     config.rank_pattern = {f"^{re.escape(h.name)}": h.rank for h in live if h.rank != config.r}
