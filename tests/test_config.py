@@ -13,13 +13,18 @@ REFUSED = [
     ({"zzz": 1}, "AdaLoraConfig has no field 'zzz': known fields: target_rank, total_rank, total_parameters, "),
     # Budgets
     ({"target_rank": 4, "total_rank": 96}, "give one budget, not target_rank and total_rank: keep target_rank=4.0"),
-    ({"target_rank": 0}, "target_rank=0.0 must be above 0"),
-    ({"total_rank": -3}, "total_rank=-3 must be above 0"),
+    ({"target_rank": 0}, "target_rank=0.0 must be above 0, e.g. target_rank=8"),
+    ({"total_rank": -3}, "total_rank=-3 must be above 0, e.g. total_rank=96"),
     ({"target_rank": "many"}, "target_rank='many': Input should be a valid number"),
     ({"total_rank": 1.5}, "total_rank=1.5: Input should be a valid integer"),
     ({"min_rank": -1}, "min_rank=-1: Input should be greater than or equal to 0"),
     ({"max_rank": 0}, "max_rank=0: Input should be greater than or equal to 1"),
-    ({"min_rank": 4, "max_rank": 2}, "max_rank=2 is below min_rank=4"),
+    ({"min_rank": 4, "max_rank": 2}, "max_rank=2 is below min_rank=4: raise the one or lower the other"),
+    (
+        {"target_rank": 6, "max_rank": 4},
+        "max_rank=4 is below the average that is wanted, target_rank=6: use target_rank=4 or max_rank=6",
+    ),
+    ({"max_rank": 7}, "max_rank=7 is below the average that is wanted, target_rank=8: use target_rank=7 or max_rank=8"),
     ({"max_rank": {"key": -1}}, "Input should be greater than or equal to 0"),
     ({"max_rank": {"key": True}}, "max_rank={'key': True}: "),
     ({"min_rank": {}}, 'min_rank={}: has no entry: give names with numbers, e.g. {"query": 2}, or leave it out'),
@@ -35,7 +40,7 @@ REFUSED = [
     ({"final": -5}, "final=-5: is a fraction of the run (0.0 to 1.0) or a number of optimizer steps, not negative"),
     ({"allocation_interval": 1.5}, "allocation_interval=1.5: is a fraction of at most 1.0 or a whole number of steps"),
     ({"warmup": 12.4}, "warmup=12.4: is a fraction of at most 1.0 or a whole number of steps, e.g. 12"),
-    ({"warmup": 0.7, "final": 0.6}, "warmup=0.7 and final=0.6 are together more than the run (1.0)"),
+    ({"warmup": 0.7, "final": 0.6}, "are together more than the run (1.0): lower one of them, e.g. final=0.3"),
     # Choices
     ({"schedule": "quadratic"}, "='quadratic': Input should be 'cubic', 'linear', 'step' or 'constant'"),
     (
@@ -104,7 +109,17 @@ REFUSED = [
         {"parametrization": "svd", "scale": "matched", "initialization": "keep"},
         'scale="matched" has no effect with initialization="keep": use scale="target"',
     ),
-    ({"nested": True, "reorthonormalize": True}, "nested=True contradicts reorthonormalize=True"),
+    ({"nested": True, "reorthonormalize": True}, "nested=True contradicts reorthonormalize=True: the order is that of"),
+    ({"nested": True, "compact": False}, "nested=True needs compact=True: the order is that of the triplets that stay"),
+    ({"compact_at": (0.5,), "compact": False}, "compact_at has no effect with compact=False: leave one of them out"),
+    ({"compact_at": ()}, "compact_at=(): is a list of fractions of the decrease, above 0 and at most 1, e.g. (0.5, 0."),
+    (
+        {"compact_at": (0.0, 0.5)},
+        "compact_at=(0.0, 0.5): is a list of fractions of the decrease, above 0 and at most 1",
+    ),
+    ({"compact_at": (0.5, 1.5)}, "above 0 and at most 1, e.g. (0.5, 0.75)"),
+    ({"nested": "often"}, "nested='often': Input should be a valid boolean"),
+    ({"seed": True}, "seed=True: is true or false where a number or a name is wanted"),
     # Without effect
     *[
         ({"importance": "magnitude", name: value}, f'{name} has no effect with importance="magnitude" (no gradient')
@@ -118,6 +133,20 @@ REFUSED = [
     (
         {"importance": "sensitivity", "uncertainty_beta": 0.5},
         'uncertainty_beta has no effect with importance="sensitivity" (no uncertainty in it): leave it out',
+    ),
+    *[
+        ({"seed": 3, **fields}, "seed has no effect with these settings (nothing is drawn at random): leave it out")
+        for fields in (
+            {},
+            {"parametrization": "svd", "initialization": "keep"},
+            {"importance": "ratio"},
+            {"schedule": "constant"},
+        )
+    ],
+    ({"handover": True, "warmup": 0}, "handover has no effect with warmup=0 (it is at the end of it): leave it out"),
+    (
+        {"parametrization": "svd", "orthogonality": "squared", "orthogonality_weight": 0, "score_gradient": "task"},
+        "score_gradient has no effect with orthogonality_weight=0: leave it out",
     ),
     ({"score_gradient": "task"}, 'score_gradient has no effect with orthogonality="decoupled"'),
     (
@@ -138,9 +167,19 @@ REFUSED = [
             ("released_schedule", True),
             ("reorthonormalize", True),
             ("handover", False),
+            ("nested", True),
+            ("compact", False),
+            ("compact_at", (0.5,)),
+            ("score_weights", "before"),
+            ("sensitivity_beta", 0.5),
         ]
     ],
 ]
+# What tells the reader what to write instead.
+CURE = re.compile(
+    r"Input should be|leave (it|one of them) out|did you mean|known fields|e\.g\. |such as|\b(keep|use|add|needs) \w+=|"
+    r"must be above 0|raise the one or lower the other|a fraction of|not negative|is wanted"
+)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +188,36 @@ REFUSED = [
 def test_a_refusal_names_field_value_and_what_is_allowed(fields, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         AdaLoraConfig(**fields)
+
+
+def refusal(fields):
+    with pytest.raises(ConfigError) as caught:
+        AdaLoraConfig(**fields)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", list(AdaLoraConfig.model_fields))
+def test_every_field_has_a_refusal_of_its_own(name):
+    """A field that comes without a case of what is refused fails here."""
+    mine = [fields for fields, _ in REFUSED if name in fields and re.search(rf"\b{name}\b", refusal(fields))]
+    assert mine, f"add a case for {name} to REFUSED"
+    # A value that is wrong by itself, not only beside others: of the wrong type or out of range.
+    wrong = [fields[name] for fields in mine if f"{name}={fields[name]!r}" in refusal(fields)]
+    assert wrong, name
+
+
+@pytest.mark.parametrize("fields", [fields for fields, _ in REFUSED], ids=str)
+def test_every_refusal_says_what_to_write_instead(fields):
+    assert CURE.search(refusal(fields))
+
+
+@pytest.mark.parametrize("name", list(AdaLoraConfig.model_fields))
+@pytest.mark.parametrize("value", [object(), [1], {1: 2}, float("nan"), float("inf"), None])
+def test_no_field_takes_what_is_no_value_of_its_kind(name, value):
+    """Each field alone; None only where it means "not given"."""
+    if (value is None and AdaLoraConfig.model_fields[name].default is None) or (name, value) == ("compact_at", [1]):
+        return
+    assert name in refusal({name: value})
 
 
 def test_all_problems_are_told_at_once():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias, get_args
@@ -36,6 +37,7 @@ Limits: TypeAlias = dict[str, Annotated[int, Field(ge=0, strict=True)]]
 
 BUDGET_FIELDS = ("target_rank", "total_rank", "total_parameters", "adapter_bytes")
 DEFAULT_TARGET_RANK = 8
+EXAMPLES = {"target_rank": "8", "total_rank": "96", "total_parameters": '"0.3M"', "adapter_bytes": '"1.2MB"'}
 SWITCHES = ("handover", "revival", "compact", "reorthonormalize", "released_schedule", "nested")
 GRADIENT_SCORES = ("sensitivity_uncertainty", "ratio", "sensitivity", "lambda_sensitivity")
 AMOUNT = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<prefix>[kKMG]?)(?P<binary>i?)(?P<bytes>B?)")
@@ -62,8 +64,8 @@ class AdaLoraConfig(BaseModel):
             one, and their sum is the budget.
         min_rank: No module keeps fewer triplets than this: one number, or numbers by module name, e.g.
             `{"layer.0.*": 2}`. A name is the module's whole name or its end, with wildcards; the first one counts.
-        max_rank: No module keeps more triplets than this once the budget has reached its target; by name as well, e.g.
-            `{"key": 0}`.
+        max_rank: No module keeps more triplets than this from the first allocation on; by name as well, e.g.
+            `{"key": 0}`. Together the caps must leave as much as the budget has.
         warmup: Span at full rank before the budget shrinks (t_i).
         final: Span at the target budget (t_f).
         allocation_interval: Span between two allocations while the budget shrinks (ΔT).
@@ -225,11 +227,21 @@ class AdaLoraConfig(BaseModel):
         for name in BUDGET_FIELDS:
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be above 0")
+                raise ValueError(f"{name}={value} must be above 0, e.g. {name}={EXAMPLES[name]}")
         if isinstance(self.max_rank, int) and isinstance(self.min_rank, int) and self.max_rank < self.min_rank:
-            raise ValueError(f"max_rank={self.max_rank} is below min_rank={self.min_rank}")
+            raise ValueError(
+                f"max_rank={self.max_rank} is below min_rank={self.min_rank}: raise the one or lower the other"
+            )
+        if isinstance(self.max_rank, int) and self.target_rank is not None and self.max_rank < self.target_rank:
+            raise ValueError(
+                f"max_rank={self.max_rank} is below the average that is wanted, target_rank={self.target_rank:g}: "
+                f"use target_rank={self.max_rank} or max_rank={math.ceil(self.target_rank)}"
+            )
         if isinstance(self.warmup, float) and isinstance(self.final, float) and self.warmup + self.final > 1:
-            raise ValueError(f"warmup={self.warmup} and final={self.final} are together more than the run (1.0)")
+            raise ValueError(
+                f"warmup={self.warmup} and final={self.final} are together more than the run (1.0): "
+                f"lower one of them, e.g. final={round(1 - self.warmup, 6)}"
+            )
         self._fill_in()
         self._refuse_without_effect()
         return self
@@ -263,7 +275,10 @@ class AdaLoraConfig(BaseModel):
         if self.nested and not self.compact:
             raise ValueError("nested=True needs compact=True: the order is that of the triplets that stay")
         if self.nested and self.reorthonormalize:
-            raise ValueError("nested=True contradicts reorthonormalize=True: the order is that of the scored triplets")
+            raise ValueError(
+                "nested=True contradicts reorthonormalize=True: the order is that of the scored triplets, "
+                "so leave one of them out"
+            )
         if self.parametrization == "lora":
             self._refuse_svd_only()
         elif self.initialization == "matched":
@@ -275,7 +290,7 @@ class AdaLoraConfig(BaseModel):
 
     def _without_effect(self) -> list[tuple[str, str]]:
         """Fields that change nothing here, each with the reason."""
-        found = []
+        found, constant = [], 'schedule="constant" (no allocation)'
         if self.orthogonality == "off" and self.orthogonality_weight:
             found.append(("orthogonality_weight", 'orthogonality="off"'))
         if self.schedule == "constant":
@@ -287,17 +302,31 @@ class AdaLoraConfig(BaseModel):
                 "reorthonormalize",
                 "handover",
                 "nested",
+                "compact",
                 "compact_at",
             )
-            found += [(name, 'schedule="constant" (no allocation)') for name in (*ranking, *more)]
+            found += [(name, constant) for name in (*ranking, *more)]
         if not self.needs_gradients or self.schedule == "constant":
             names = ("sensitivity_beta", "uncertainty_beta", "score_gradient", "score_weights")
-            found += [(name, f'importance="{self.importance}" (no gradient in it)') for name in names]
+            score = f'importance="{self.importance}" (no gradient in it)'
+            found += [(name, constant if self.schedule == "constant" else score) for name in names]
         elif self.importance in ("sensitivity", "lambda_sensitivity"):
             found.append(("uncertainty_beta", f'importance="{self.importance}" (no uncertainty in it)'))
+        if not self.orthogonality_weight:
+            found.append(("score_gradient", f"orthogonality_weight={self.orthogonality_weight:g}"))
+        if self.handover and self.warmup == 0:
+            found.append(("handover", "warmup=0 (it is at the end of it)"))
+        if not self._draws:
+            found.append(("seed", "these settings (nothing is drawn at random)"))
         if self.orthogonality in ("decoupled", "off"):
             found.append(("score_gradient", f'orthogonality="{self.orthogonality}" (the gradient has no such term)'))
         return found
+
+    @property
+    def _draws(self) -> bool:
+        """Whether anything is random: scores, a new adapter's vectors, or what nested training leaves out."""
+        new = self.parametrization == "svd" and self.initialization != "keep"
+        return self.nested or new or (self.importance == "random" and self.schedule != "constant")
 
     def _refuse_svd_only(self) -> None:
         if self.initialization == "matched" and self.scale != "target":

@@ -297,3 +297,66 @@ def test_names_and_groups_that_do_not_fit(settings, message):
     given = settings if "group_budgets" in settings else {"target_rank": 2, **settings}
     with pytest.raises(ConfigError, match=re.escape(message)):
         adalora.attach(lora(), total_steps=STEPS, **given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "cure"),
+    [
+        (
+            {"total_rank": 30, "max_rank": 3},
+            "max_rank=3 keeps 21 triplets at most, the budget has 30: a larger max_rank, or total_rank=21",
+            {"total_rank": 21},
+        ),
+        (
+            {"target_rank": 3, "max_rank": {"query": 0, "up": 2}},
+            "keeps 22 triplets at most, the budget has 21",
+            None,
+        ),
+        (
+            {"target_rank": 4, "max_rank": {"query": 0, "up": 2}},
+            "max_rank={'query': 0, 'up': 2} keeps 22 triplets at most, the budget has 28: a larger max_rank, or "
+            "target_rank=3.14",
+            {"target_rank": 3.14},
+        ),
+        (
+            {"total_parameters": 500, "max_rank": 3},
+            "max_rank=3 keeps 465 parameters at most, the budget has 500: a larger max_rank, or total_parameters=465",
+            {"total_parameters": 465},
+        ),
+        (
+            {"adapter_bytes": "2kB", "max_rank": 3},
+            "max_rank=3 keeps 1860 bytes at most, the budget has 2000: a larger max_rank, or adapter_bytes=1860",
+            {"adapter_bytes": 1860},
+        ),
+        (
+            {"total_rank": 30, "max_rank": 3, "budget_cost": "parameters"},
+            "max_rank=3 keeps 465 parameters at most, the budget has 664: a larger max_rank, or target_rank=3",
+            {"total_rank": None, "target_rank": 3},
+        ),
+        (
+            {"target_rank": 2, "max_rank": {"query": 0}, "budget_scope": "module_type"},
+            "max_rank={'query': 0} keeps 0 triplets at most in the module_type 'query', the budget has 4: a larger "
+            "max_rank, or group_budgets={'query': 0}",
+            {"group_budgets": {"query": 0}},
+        ),
+        (
+            {"group_budgets": {"layers.0": 4, "*": 2}, "max_rank": 3, "budget_scope": "layer"},
+            "max_rank=3 keeps 9 triplets at most in the layer 'layers.0', the budget has 12: a larger max_rank, or "
+            "group_budgets={'layers.0': 3}",
+            {"group_budgets": {"layers.0": 3, "*": 2}},
+        ),
+    ],
+)
+def test_caps_that_cannot_reach_the_budget_are_refused(settings, message, cure):
+    """Fewer triplets than asked for would be kept in silence; the corrected line is accepted and spends all."""
+    if cure is None:  # just enough
+        assert adalora.attach(lora(), total_steps=STEPS, **settings).target_budget == 21
+        return
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        adalora.attach(lora(), total_steps=STEPS, **settings)
+    _, controller = run(**{name: value for name, value in {**settings, **cure}.items() if value is not None})
+    if controller.budget_unit == "triplets":
+        assert controller.live == controller.target_budget
+    else:
+        spent = cost_of(controller) * (4 if controller.budget_unit == "bytes" else 1)
+        assert controller.target_budget - 28 * 4 < spent <= controller.target_budget

@@ -1,4 +1,7 @@
-"""What goes wrong in real runs, with either parametrization."""
+"""What goes wrong in real runs, with either parametrization.
+
+Elsewhere: a target rank of 0 for some modules in `test_budgets.py`, `torch.compile` in `test_conformance.py`.
+"""
 
 import copy
 
@@ -162,6 +165,87 @@ def test_frozen_layers_score_nothing(kind):
     assert controller.live == 14
 
 
+class Partly(Blocks):
+    """The second block's `query` is left out where `used` is False."""
+
+    used = True
+
+    def forward(self, x):
+        for number, block in enumerate(self.layers):
+            if number == 0 or self.used:
+                x = x + torch.tanh(block["query"](x))
+            x = x + block["down"](torch.tanh(block["up"](x)))
+        return self.head(x)
+
+
+@BOTH
+def test_a_module_without_a_gradient_for_a_step(kind):
+    """Its averages wait; the step counts for all others and is not a skipped one."""
+    model = lora(base=Partly)
+    controller = attach(model, kind, handover=False)
+    optimizer = adamw(model)
+    train(model, optimizer, 4)
+    names = [f"layers.1.query.{part}.sensitivity" for part in ("P", "lambda", "Q")]
+    before = controller._scorer.state_dict()
+    model.base_model.model.used = False
+    train(model, optimizer, 1, start=4)
+    between = controller._scorer.state_dict()
+    assert all(torch.equal(before[name], between[name]) for name in names)
+    assert not torch.equal(before["layers.0.query.P.sensitivity"], between["layers.0.query.P.sensitivity"])
+    model.base_model.model.used = True
+    train(model, optimizer, STEPS - 5, start=5)
+    assert controller._scorer.skipped == 0
+    assert controller.live == 14
+
+
+@BOTH
+def test_a_module_that_never_gets_a_gradient(kind):
+    """It scores nothing, goes first, and the rest of the model has the whole budget."""
+    model = lora(base=Partly)
+    model.base_model.model.used = False
+    controller = attach(model, kind)
+    train(model, adamw(model), STEPS)
+    assert controller.ranks["layers.1.query"] == 0
+    assert controller.live == 14
+    assert controller._scorer.skipped == 0
+
+
+@BOTH
+def test_a_frozen_adapter_beside_it_is_left_alone(kind):
+    """Two adapters active at once, one of them frozen and not attached."""
+    model = lora()
+    model.add_adapter("frozen", LoraConfig(r=3, target_modules=["query", "head"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "frozen"])
+    for name, parameter in model.named_parameters():
+        if ".frozen." in name:
+            parameter.requires_grad_(False)
+    before = {n: p.clone() for n, p in model.named_parameters() if ".frozen." in n}
+    controller = attach(model, kind, adapter="default")
+    train(model, adamw(model), STEPS)
+    assert controller.live == 14
+    after = {n: p for n, p in model.named_parameters() if ".frozen." in n}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+@BOTH
+def test_a_deep_copy_in_the_middle_of_a_run(kind):
+    """The copy computes the same, is attached to nothing, and the original's run goes on untouched by it."""
+    model = lora()
+    controller = attach(model, kind)
+    optimizer = adamw(model)
+    train(model, optimizer, STEPS // 2)
+    twin = copy.deepcopy(model)
+    x, _ = batch(0)
+    expected = model(x).detach()
+    assert torch.equal(twin(x), expected)
+    train(twin, adamw(twin), 5)
+    assert controller.step == STEPS // 2
+    assert torch.equal(model(x), expected)
+    train(model, optimizer, STEPS // 2, start=STEPS // 2)
+    assert controller.live == 14
+
+
 @BOTH
 def test_disable_adapter_between_steps(kind):
     model, plain = lora(), Blocks()
@@ -222,13 +306,14 @@ def test_parameter_types(kind, dtype):
 
 
 @BOTH
-def test_autocast(kind):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(kind, dtype):
     model = lora()
     controller = attach(model, kind)
     optimizer = adamw(model)
     for step in range(STEPS):
         x, y = batch(step)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype):
             loss = (model(x) - y).square().mean()
         loss.backward()
         optimizer.step()

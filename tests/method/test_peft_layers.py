@@ -5,7 +5,16 @@ import warnings
 
 import pytest
 import torch
-from peft import ArrowConfig, BdLoraConfig, KasaConfig, LoraConfig, MontecloraConfig, VeloraConfig, get_peft_model
+from peft import (
+    ArrowConfig,
+    BdLoraConfig,
+    KasaConfig,
+    LoraConfig,
+    MontecloraConfig,
+    PeftModel,
+    VeloraConfig,
+    get_peft_model,
+)
 from peft.tuners.lora import layer as peft_layers
 from torch import nn
 
@@ -75,33 +84,54 @@ def test_every_variant_is_refused(kind, option):
     adalora.attach(lora(LAYERS[kind]), target_rank=1, total_steps=10)
 
 
+@pytest.mark.parametrize("groups", [2, 4])
 @pytest.mark.parametrize("cls", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
-def test_grouped_convolutions_are_refused_for_pefts_reasons(cls):
-    layer = cls(4, 4, 3, groups=2)
-    model = lora(layer)
-    assert model.base_model.model.layer.lora_B["default"].weight.shape[:2] == (4, 2)
-    with pytest.raises(AttachError, match="rank must stay a multiple of it, so single triplets cannot be pruned"):
-        adalora.attach(model, target_rank=1, total_steps=10)
-    with pytest.raises(ValueError, match="rank is divisible by groups"):
-        lora(layer, r=3)
+def test_what_peft_does_with_grouped_convolutions(cls, groups, tmp_path):
+    """It trains, saves and loads them; it has no ΔW of them, so that nothing merges; r is a multiple of the groups."""
+    layer = cls(4, 8, 3, groups=groups)
+    model = lora(layer, init_lora_weights=False)
+    wrapped = model.base_model.model.layer
+    assert wrapped.lora_A["default"].weight.shape[:2] == (4, 4)  # not grouped: every triplet sees all inputs
+    assert wrapped.lora_B["default"].weight.shape[:2] == (8, 4 // groups)  # and reaches one group's outputs
+    x = torch.randn(2, 4, *([5] * (wrapped._kernel_dim - 2)))
+    model(x).sum().backward()
+    assert wrapped.lora_A["default"].weight.grad is not None
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = PeftModel.from_pretrained(Net(layer), tmp_path)
+    torch.testing.assert_close(again(x), model(x))
     with pytest.raises(NotImplementedError, match="groups > 1"):
         model.merge_adapter()
+    with pytest.raises(RuntimeError):
+        wrapped.get_delta_weight("default")
+    with pytest.raises(ValueError, match="rank is divisible by groups"):
+        lora(layer, r=3)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("cls", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_grouped_convolutions_are_refused_with_the_reason(cls, groups):
+    model = lora(cls(4, 4, 3, groups=groups))
+    message = f"layer: convolution with groups={groups}: each triplet reaches one group's outputs alone, and PEFT loads"
+    with pytest.raises(AttachError, match=message):
+        adalora.attach(model, target_rank=1, total_steps=10)
 
 
 @pytest.mark.parametrize("parametrization", ["lora", "svd"])
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
-@pytest.mark.parametrize("cls", [nn.Conv1d, nn.Conv2d])
+@pytest.mark.parametrize("cls", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
 def test_padding_modes_are_pefts(cls, mode, parametrization):
     """The adapter pads with zeros in any mode, so that merging is exact with zeros alone."""
     torch.manual_seed(3)
-    dims = 1 if cls is nn.Conv1d else 2
+    dims = [nn.Conv1d, nn.Conv2d, nn.Conv3d].index(cls) + 1
     layer = cls(3, 5, 3, padding=1, padding_mode=mode)
     model = lora(layer, init_lora_weights=False, lora_alpha=8)
     controller = adalora.attach(model, target_rank=2, total_steps=10, parametrization=parametrization)
     h = controller.handles[0]
     x = torch.randn(2, 3, *([7] * dims))
     delta = (h.scale * h.left_or @ h.Q_ri).view(layer.weight.shape)
-    convolve = nn.functional.conv1d if dims == 1 else nn.functional.conv2d
+    convolve = [nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d][dims - 1]
     with torch.no_grad():
         expected = layer(x) + convolve(x, delta, padding=1)
         torch.testing.assert_close(model(x), expected, atol=1e-4, rtol=1e-4)

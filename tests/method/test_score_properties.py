@@ -45,6 +45,27 @@ def test_rescaling_a_triplet_changes_no_score(kind, c, seed):
     )
 
 
+@pytest.mark.parametrize("c", [0.01, 3.0, 200.0])
+def test_rescaling_leaves_the_magnitude_and_changes_lambda_alone(c):
+    """|λ|·‖P‖·‖Q‖ is the size of the triplet's ΔW; |λ| by itself is whatever P and Q leave to it."""
+    model = lora()
+    controller = adalora.attach(model, target_rank=2, total_steps=10, parametrization="svd")
+    scorers = {
+        kind: Scorer(controller.handles, AdaLoraConfig(importance=kind, parametrization="svd"))
+        for kind in ("magnitude", "lambda_magnitude")
+    }
+    with torch.no_grad():
+        for h in controller.handles:
+            h.lambda_parameter.copy_(torch.rand(h.rank) + 0.5)
+    before = {kind: scorer.scores() for kind, scorer in scorers.items()}
+    with torch.no_grad():
+        for h in controller.handles:
+            h.P_or.mul_(c)
+            h.lambda_parameter.div_(c)
+    torch.testing.assert_close(scorers["magnitude"].scores(), before["magnitude"])
+    torch.testing.assert_close(scorers["lambda_magnitude"].scores(), before["lambda_magnitude"] / c)
+
+
 @pytest.mark.parametrize("kind", GRADIENT_KINDS)
 @settings(max_examples=25, deadline=None)
 @given(st.permutations(range(4)), st.integers(0, 10**6))

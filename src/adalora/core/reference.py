@@ -1,7 +1,8 @@
 """Eq. 9-14 written down literally: one module, one triplet, one number at a time.
 
 Slow on purpose and used by tests alone: plain Python numbers (float64), no stacking, no in-place updates, no
-sharing of code with the fast path, which has to give the same averages, scores, budgets and masks.
+sharing of code with the fast path, which has to give the same averages, scores, budgets and masks. Who is kept where
+modules have floors, caps and prices is in `adalora.core.reference_allocation`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from decimal import Decimal, localcontext
 from fractions import Fraction
 
 from torch import Tensor
+
+SMALLEST = 2.0**-126  # the smallest normal number of float32, for a ratio without uncertainty
 
 
 @dataclass
@@ -34,8 +37,12 @@ class Average:
         deviation = abs(importance - self.sensitivity)
         self.uncertainty = beta2 * self.uncertainty + (1 - beta2) * deviation
 
-    def score(self) -> float:
-        """Eq. 13: s(w) = Ī(w)·Ū(w)."""
+    def score(self, kind: str = "sensitivity_uncertainty") -> float:
+        """Eq. 13: s(w) = Ī(w)·Ū(w); Ī/Ū for "ratio", Ī for "sensitivity" and "lambda_sensitivity"."""
+        if kind == "ratio":
+            return self.sensitivity / max(self.uncertainty, SMALLEST)
+        if kind in ("sensitivity", "lambda_sensitivity"):
+            return self.sensitivity
         return self.sensitivity * self.uncertainty
 
 
@@ -65,38 +72,64 @@ class ReferenceModule:
         self.Q = [[Average() for _ in range(self.d_in)] for _ in range(self.rank)]
 
     def observe(
-        self, *, P: Tensor, grad_P: Tensor, Q: Tensor, grad_Q: Tensor, beta1: float = 0.85, beta2: float = 0.85
+        self,
+        *,
+        P: Tensor,
+        grad_P: Tensor,
+        Q: Tensor,
+        grad_Q: Tensor,
+        weights: Tensor | None = None,
+        grad_weights: Tensor | None = None,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
     ) -> None:
         """One optimizer step.
 
-        λ is the length that P's column may be rescaled by: λ·∂L/∂λ = Σ_j P_ji·∂L/∂P_ji at any λ.
+        Without a λ of its own λ is the length that P's column may be rescaled by: λ·∂L/∂λ = Σ_j P_ji·∂L/∂P_ji at
+        any λ.
 
         Args:
-            P: Factor after the step, [d_out, r], λ included.
+            P: Factor after the step, [d_out, r], λ included where it has no value of its own.
             grad_P: Its gradient, the same shape.
             Q: Factor after the step, [r, d_in].
             grad_Q: Its gradient, the same shape.
+            weights: λ, [r], where it is a parameter.
+            grad_weights: Its gradient, [r].
             beta1: β1 of Eq. 10.
             beta2: β2 of Eq. 11.
         """
         p, dp, q, dq = P.tolist(), grad_P.tolist(), Q.tolist(), grad_Q.tolist()
+        own = None if weights is None or grad_weights is None else (weights * grad_weights).tolist()
         for i in range(self.rank):
             total = 0.0
             for j in range(self.d_out):
                 self.P[j][i].update(p[j][i] * dp[j][i], beta1=beta1, beta2=beta2)
                 total += p[j][i] * dp[j][i]
-            self.weights[i].update(total, beta1=beta1, beta2=beta2)
+            self.weights[i].update(total if own is None else own[i], beta1=beta1, beta2=beta2)
             for j in range(self.d_in):
                 self.Q[i][j].update(q[i][j] * dq[i][j], beta1=beta1, beta2=beta2)
 
-    def scores(self) -> list[float]:
-        """Eq. 9: S_i = s(λ_i) + (1/d_out) Σ_j s(P_ji) + (1/d_in) Σ_j s(Q_ij), for every triplet i."""
+    def scores(self, kind: str = "sensitivity_uncertainty") -> list[float]:
+        """Eq. 9: S_i = s(λ_i) + (1/d_out) Σ_j s(P_ji) + (1/d_in) Σ_j s(Q_ij), for every triplet i.
+
+        Args:
+            kind: As in `Average.score`; "lambda_sensitivity" is s(λ_i) alone.
+        """
         result = []
         for i in range(self.rank):
-            left = sum(self.P[j][i].score() for j in range(self.d_out)) / self.d_out
-            right = sum(self.Q[i][j].score() for j in range(self.d_in)) / self.d_in
-            result.append(self.weights[i].score() + left + right)
+            score = self.weights[i].score(kind)
+            if kind != "lambda_sensitivity":
+                score += sum(self.P[j][i].score(kind) for j in range(self.d_out)) / self.d_out
+                score += sum(self.Q[i][j].score(kind) for j in range(self.d_in)) / self.d_in
+            result.append(score)
         return result
+
+    def remove(self, keep: Sequence[bool]) -> None:
+        """Forget the triplets that are not kept; the averages of the others go on."""
+        self.P = [[average for average, stays in zip(row, keep) if stays] for row in self.P]
+        self.weights = [average for average, stays in zip(self.weights, keep) if stays]
+        self.Q = [row for row, stays in zip(self.Q, keep) if stays]
+        self.rank = sum(keep)
 
 
 def reference_surplus(

@@ -115,6 +115,10 @@ def make_budget(config: AdaLoraConfig, handles: Sequence[TripletHandle]) -> Budg
         floor = sum(costs[m] * min(low[m], handles[m].rank) for m in modules)
         if floor > targets[name]:
             raise ConfigError(_floor_message(config, floor, targets[name], unit=unit, first=handles[modules[0]].name))
+        most = sum(costs[m] * min(high[m], handles[m].rank) for m in modules)
+        if most < targets[name]:
+            price = sum(costs[m] for m in modules)
+            raise ConfigError(_cap_message(config, most, targets[name], unit=unit, group=name, price=price))
     return Budget(
         unit=unit,
         costs=tuple(costs),
@@ -144,6 +148,25 @@ def _floor_message(config: AdaLoraConfig, floor: int, budget: int, *, unit: str,
     return (
         f"min_rank={config.min_rank} needs {floor} {unit}{where}, the budget has {budget}: a smaller "
         "min_rank or a larger budget"
+    )
+
+
+def _cap_message(config: AdaLoraConfig, most: int, budget: int, *, unit: str, group: str, price: int) -> str:
+    """Caps that leave less than the budget has; `price` is that of one triplet in each of the group's modules."""
+    average = int(100 * most / price) / 100
+    where = "" if config.budget_scope == "global" else f" in the {config.budget_scope} {group!r}"
+    amounts = {"target_rank": average, "total_rank": most, "total_parameters": most, "adapter_bytes": most}
+    given = next((name for name in BUDGET_FIELDS if getattr(config, name) is not None), "group_budgets")
+    if given == "total_rank" and unit != "triplets":
+        given = "target_rank"
+    cure = (
+        f"{given}={amounts[given]:g}"
+        if config.budget_scope == "global"
+        else f"group_budgets={{{group!r}: {average:g}}}"
+    )
+    return (
+        f"max_rank={config.max_rank} keeps {most} {unit} at most{where}, the budget has {budget}: a larger max_rank, "
+        f"or {cure}"
     )
 
 

@@ -247,8 +247,9 @@ def _refuse_unsupported(name: str, layer: Any, adapter: str) -> None:
         )
     if getattr(base, "groups", 1) != 1:
         raise AttachError(
-            f"{name}: convolution with groups={base.groups}: LoRA's rank must stay a multiple of it, so single "
-            "triplets cannot be pruned, and PEFT cannot merge it; leave it out of target_modules"
+            f"{name}: convolution with groups={base.groups}: each triplet reaches one group's outputs alone, and PEFT "
+            "loads only ranks that are a multiple of the groups, as many triplets for each: a single one cannot be "
+            "pruned, nor does PEFT merge such a layer; leave it out of target_modules"
         )
     factors = [*layer.lora_A.parameters(), *layer.lora_embedding_A.parameters()]
     if any(p.is_meta for p in factors):
