@@ -160,8 +160,8 @@ def test_a_resumed_run_never_goes_on_un_nested():
         if damaged is None:
             del scores["triplet_scores"]
         fresh = lora()
-        before = {name: value.clone() for name, value in fresh.state_dict().items()}
         other = adalora.attach(fresh, target_rank=4, total_steps=STEPS, nested=True)
+        before = {name: value.clone() for name, value in fresh.state_dict().items()}
         with pytest.raises(adalora.AdaLoraError, match="nested=True cannot go on from step 50"):
             other.load_state_dict(state)
         assert other.step == 0

@@ -196,6 +196,8 @@ def make_cell(
     )
     fields = recipe.to_dict()
     fields["training"] |= {"learning_rate": rate, "seed": seed}
+    if fields["adalora"] and fields["adalora"].get("importance") == "random":
+        fields["adalora"]["seed"] = seed
     name = f"{task_name(task)}-{budget}-{method.name}-{rate:g}-{seed}-{stage}"
     folder = suite.folder / "work" / name
     fields["output"] = str(folder)
