@@ -3,6 +3,7 @@
 At each step: the gradients that the optimizer gets, the scores, the budget, the masks, and the weights that are left.
 """
 
+import re
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -389,9 +390,14 @@ class Run:
             self.step(step)
 
 
+# Two options at once, each of which has a mode of its own: on demand, `-m slow`.
+COMBINED = re.compile(r"budget_\w+_svd|\w+_parameters(_\w+)?|(?!squared|released)\w+_before|\w+_no_handover")
+TABLE = [pytest.param(name, marks=pytest.mark.slow) if COMBINED.fullmatch(name) else name for name in MODES]
+
+
 # True of the ratio, which is dimensionless noise near a minimum, and of small models with odd settings.
 @pytest.mark.filterwarnings("ignore::adalora.errors.AdaLoraWarning")
-@pytest.mark.parametrize("name", list(MODES))
+@pytest.mark.parametrize("name", TABLE)
 def test_controller_and_oracle_agree_at_every_step(name):
     run = Run(MODES[name])
     run.go()
