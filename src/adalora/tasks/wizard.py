@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from adalora.config import initial_rank
 from adalora.errors import DataError, RecipeError
 from adalora.tasks.data import FORMATS, load_table_columns
 from adalora.tasks.options import TASKS, Options
 from adalora.tasks.recipe import Recipe
 
-INITIAL_PER_TARGET = 1.5  # b0 = 1.5 b_T, as in the paper
 # Roles of a causal language model that are used together; the first that the data have is taken.
 CAUSAL_FORMS = (("messages",), ("prompt", "completion"), ("text",))
 
@@ -88,7 +88,7 @@ def make_recipe(answers: Answers) -> dict[str, Any]:
         "task": answers.task,
         "data": data,
         "lora": {
-            "r": max(answers.target_rank + 1, round(INITIAL_PER_TARGET * answers.target_rank)),
+            "r": initial_rank(answers.target_rank),
             "lora_alpha": 2 * answers.target_rank,
             "target_modules": "all-linear",
         },
