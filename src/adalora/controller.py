@@ -13,10 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from adalora.config import AdaLoraConfig
-from adalora.core.schedule import BudgetSchedule, span_to_steps
+from adalora.core.schedule import BudgetSchedule, plan_schedule
 from adalora.errors import AdaLoraWarning, AttachError, CompactionError, ConfigError
 from adalora.lora.budget import adapter_size, make_budget
 from adalora.lora.compaction import compact
+from adalora.lora.idle import WeightWatch
 from adalora.lora.masking import zero_pruned
 from adalora.lora.nested import NestedTruncation, refuse_unfit
 from adalora.lora.observation import Observation
@@ -27,8 +28,9 @@ from adalora.lora.pruned import PrunedTriplets
 from adalora.lora.reorthonormal import reorthonormalize
 from adalora.lora.replicas import Replicas
 from adalora.lora.scoring import Scorer
+from adalora.lora.sharding import Shards
 from adalora.lora.svd import fold_lambda
-from adalora.lora.triplets import find_triplets, fresh, lora_config
+from adalora.lora.triplets import find_triplets, lora_config
 from adalora.recording import Recorder
 from adalora.report.history import History
 from adalora.report.plotting import HistoryPlots
@@ -71,6 +73,7 @@ class RankController(Resumable, HistoryPlots):
         self._optimizers = Optimizers()
         self._schedule: BudgetSchedule | None = None
         self.handles = find_triplets(model, adapter)
+        self._shards = Shards(self.handles)
         self._budget = make_budget(config, self.handles)
         self.budget_unit = self._budget.unit
         self.initial_budget = self._budget.initial
@@ -84,7 +87,7 @@ class RankController(Resumable, HistoryPlots):
         self._pruned = PrunedTriplets(self.handles, Path(pruned)) if pruned is not None else None
         if config.nested:
             refuse_unfit(self.handles)
-        self.note_weights()
+        self._weights = WeightWatch(self.handles)
         if total_steps is not None:
             self.set_total_steps(total_steps)
         # Everything is checked: only now is the model touched.
@@ -118,25 +121,11 @@ class RankController(Resumable, HistoryPlots):
                 f"total_steps={total_steps} comes after {self.step} steps of a run of {self.schedule.total_steps}: "
                 "set it before the first step"
             )
-        if total_steps < 1:
-            raise ConfigError(f"total_steps={total_steps} must be at least 1: the number of optimizer steps of the run")
-        warmup = span_to_steps(self.config.warmup, total_steps)
-        decrease_end = total_steps - span_to_steps(self.config.final, total_steps)
-        if decrease_end < warmup:
-            raise ConfigError(
-                f"warmup ({warmup} steps) and final ({total_steps - decrease_end} steps) are more than "
-                f"total_steps={total_steps}; use fractions, e.g. warmup=0.12, final=0.48"
-            )
-        self._schedule = BudgetSchedule(
+        self._schedule = plan_schedule(
+            self.config,
             initial_budget=self.initial_budget,
             target_budget=self.target_budget,
-            warmup_steps=warmup,
-            decrease_end=min(decrease_end, total_steps - 1),
             total_steps=total_steps,
-            interval=max(1, span_to_steps(self.config.allocation_interval, total_steps)),
-            shape=self.config.schedule,
-            released=self.config.released_schedule,
-            curve=self.config.registered_schedule(),
         )
         name = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
         self._record.start(self._schedule, config=self.config.to_dict(), model=name)
@@ -164,7 +153,7 @@ class RankController(Resumable, HistoryPlots):
     @property
     def optimizer(self) -> Optimizer | None:
         """The optimizer that was seen to step, once one was; a view of them all where there are several."""
-        return self._optimizers.joined
+        return self._shards.of(self._optimizers.joined)
 
     def owns(self, optimizer: Optimizer) -> bool:
         """Whether this optimizer trains the triplets."""
@@ -184,30 +173,31 @@ class RankController(Resumable, HistoryPlots):
         """An optimizer step is about to be made, its gradients are there: add the coupled orthogonality term."""
         if self.finished or self._model() is None or overflowed(optimizer):
             return
-        self._observation.before(optimizer, observe=self._observes and not self._optimizers.partner(optimizer))
+        observe = self._observes and not self._optimizers.partner(optimizer)
+        if self._observation.acts_before(observe=observe):
+            with self._shards.whole():
+                self._observation.before(self._shards.of(optimizer) or optimizer, observe=observe)
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
         """One optimizer step has been made: score, regularise, and where it is time re-allocate."""
         if self.finished or self._model() is None:
             return
-        if self.is_sharded:
-            raise ConfigError(
-                "FSDP's sharded parameters are not supported: a triplet's column is spread over processes. Leave the "
-                "adapter out of sharding, fully_shard(…, ignored_params={…}), or train with DDP"
-            )
-        schedule, step = self.schedule, self.step
         if overflowed(optimizer):  # no weight has moved: it is no step of the run
             self._scorer.skip()
             return
-        if not self._optimizers.counts(optimizer):
-            return
+        if self._optimizers.counts(optimizer):
+            with self._shards.whole():
+                self._advance(self._shards.of(optimizer) or optimizer)
+
+    def _advance(self, optimizer: Optimizer) -> None:
+        schedule, step = self.schedule, self.step
         self._observation.after(optimizer, observe=self._observes, regularise=not self._plain_lora())
         if self.config.handover and step == schedule.warmup_steps - 1 and schedule.shape != "constant":
             self.hand_over()
         if schedule.allocates(step):
             self._allocate(schedule.budget(step))
-            if self._stage_is_due(schedule, step):
+            if schedule.passes(step, self.config.compact_at or ()):
                 self._remove_masked(during_training=True)
         elif not self.config.revival or step > schedule.decrease_end:
             self._apply_masks()  # what is pruned for good, and not yet removed, may not grow
@@ -224,15 +214,20 @@ class RankController(Resumable, HistoryPlots):
 
     def hand_over(self) -> None:
         """Turn every P·Q into its singular vectors, exactly; the averages start anew."""
-        for h in self.handles:
-            hand_over(h, self.optimizer)
-        Replicas(self.model).share_layers(self.handles, self.optimizer)
-        self._scorer.reset()
-        self._record.handover(self.step)
+        with self._shards.whole():
+            for h in self.handles:
+                hand_over(h, self.optimizer)
+            self._replicas.share_layers(self.handles, self.optimizer)
+            self._scorer.reset()
+            self._record.handover(self.step)
+
+    @property
+    def _replicas(self) -> Replicas:
+        return Replicas(self.model, mesh=self._shards.mesh)
 
     def _allocate(self, budget: int) -> None:
         """Keep the best `budget` triplets, zero the others."""
-        scores = Replicas(self.model).share(self._scorer.scores())
+        scores = self._replicas.share(self._scorer.scores())
         live_before = torch.cat([h.mask for h in self.handles])
         if not self.config.revival:
             scores = torch.where(live_before, scores, -torch.inf)
@@ -268,14 +263,6 @@ class RankController(Resumable, HistoryPlots):
         self._scorer.reset()
         self._remove_masked(during_training=True)
 
-    def _stage_is_due(self, schedule: BudgetSchedule, step: int) -> bool:
-        """Whether this allocation is the first one at or after a fraction of `compact_at`."""
-        length = schedule.decrease_end - schedule.warmup_steps
-        if not self.config.compact_at or step >= schedule.decrease_end:
-            return False
-        last, now = (step - schedule.interval - schedule.warmup_steps) / length, (step - schedule.warmup_steps) / length
-        return any(last < fraction <= now for fraction in self.config.compact_at)
-
     def compact(self) -> None:
         """Remove pruned triplets now. Under DDP wrap the model again afterwards, the old wrapper refuses to train.
 
@@ -287,7 +274,7 @@ class RankController(Resumable, HistoryPlots):
         """Make memory smaller; averages of what stays go on."""
         if not self.config.compact or self.live == sum(h.rank for h in self.handles):
             return
-        replicas = Replicas(self.model)
+        replicas = self._replicas
         if self.is_sharded or (during_training and replicas.several):
             return  # masked: parameters of a wrapped model keep their size until the training is over
         before, averages = adapter_size(self.handles), self._scorer.cut()
@@ -331,6 +318,10 @@ class RankController(Resumable, HistoryPlots):
         if self.finished:
             return
         self.warn_if_idle()
+        with self._shards.whole():
+            self._settle(cut=cut)
+
+    def _settle(self, *, cut: bool) -> None:
         schedule = self.schedule
         if not cut:
             self.compact()
@@ -341,17 +332,17 @@ class RankController(Resumable, HistoryPlots):
                     f"its target: {self.live} triplets are cut to {self._budget.triplets(self.target_budget)} now, "
                     f"untrained. Give the real number of steps: adalora.attach(model, total_steps={self.step})",
                     AdaLoraWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
             with torch.no_grad():
                 self._allocate(self.target_budget)
                 self._enter_final_phase()
         if self._nested is not None:
             self._nested.stop()
-        if Replicas(self.model).several:
+        if self._replicas.several:
             self.compact()  # put off until now
         for h in self.handles:
-            if not h.removed:
+            if not (h.removed or self.is_sharded):  # FSDP2 would put the λ back; what is saved is folded anyway
                 fold_lambda(h)
         if self._pruned is not None:
             self._record.pruned(self.step, **self._pruned.write())
@@ -359,17 +350,8 @@ class RankController(Resumable, HistoryPlots):
         self._record.finish(self.step, allocations=self.allocations)
 
     def note_weights(self) -> None:
-        """Take the weights as they are for untrained: after attaching, and after others were loaded."""
-        self._versions = {h.name: h.P_parameter._version for h in self.handles if not h.removed}
-        self._fresh = fresh([h for h in self.handles if not h.removed])
-
-    @property
-    def _weights_moved(self) -> bool:
-        """Whether something wrote to the weights; a write that leaves a fresh adapter at zero (DDP) does not count."""
-        live = [h for h in self.handles if not h.removed]
-        if not any(h.P_parameter._version > self._versions.get(h.name, 0) for h in live):
-            return False
-        return not (self._fresh and fresh(live))
+        """Take the weights as they are for untrained: others were loaded."""
+        self._weights.note()
 
     def warn_if_idle(self, *, over: bool = False) -> None:
         """Warn, once, if the parameters were trained but no optimizer was seen.
@@ -381,7 +363,7 @@ class RankController(Resumable, HistoryPlots):
         """
         if self._warned_idle or self.finished:
             return
-        if self.step == 0 and self._weights_moved:
+        if self.step == 0 and self._weights.moved:
             message = (
                 "the adapter was trained but adalora saw no optimizer step, so no rank was allocated. Train with a "
                 "torch.optim.Optimizer, or call controller.after_step(optimizer) after each step"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from adalora.config import AdaLoraConfig
@@ -19,10 +18,12 @@ from adalora.errors import AdaLoraWarning, CheckpointError
 from adalora.lora.checkpoint import DESCRIPTION, explain_differences, read_state
 from adalora.lora.compaction import resize
 from adalora.lora.optimizer_state import find_optimizer
+from adalora.lora.patterns import write_patterns
 from adalora.lora.pruned import PrunedTriplets
 from adalora.lora.scoring import Scorer
+from adalora.lora.sharding import Shards
 from adalora.lora.training_state import check_layers, layers_state, load_layers
-from adalora.lora.triplets import TripletHandle, lora_config, write_patterns
+from adalora.lora.triplets import TripletHandle, lora_config
 from adalora.recording import Recorder, versions
 from adalora.report.history import History
 
@@ -45,6 +46,7 @@ class Resumable:
     optimizer: Any
     _schedule: BudgetSchedule | None
     _scorer: Scorer
+    _shards: Shards
     _written_ranks: list[int]
     _excluded: Any
     _pruned: PrunedTriplets | None
@@ -73,7 +75,8 @@ class Resumable:
         Returns:
             `tensors` (factors, masks, averages, by name) and JSON-ready values.
         """
-        tensors, modules = layers_state(self.handles)
+        with self._shards.whole():
+            tensors, modules = layers_state(self.handles)
         tensors |= {f"averages.{name}": value for name, value in self._scorer.state_dict().items()}
         if self._pruned is not None:
             tensors |= self._pruned.state_dict()
@@ -111,23 +114,25 @@ class Resumable:
         self._check_state(state)
         if optimizer is not None:
             self.owns(optimizer)
-        load_layers(
-            self.handles,
-            state["tensors"],
-            state["modules"],
-            optimizer=self.optimizer or find_optimizer([p for h in self.handles for p, _ in h.factors.values()]),
-            model=self.model,
-        )
+        self._refuse_other_ranks([line["rank"] for line in state["modules"]])
+        seen = self.optimizer or find_optimizer([p for h in self.handles for p, _ in h.factors.values()])
+        averages = {n.removeprefix("averages."): v for n, v in state["tensors"].items() if n.startswith("averages.")}
+        with self._shards.whole():
+            load_layers(self.handles, state["tensors"], state["modules"], optimizer=seen, model=self.model)
+            self._scorer.load_state_dict(averages)
         self._write_patterns()
         self._scorer.skipped, self._scorer.observed = state["skipped"], state["observed"]
-        prefix = "averages."
-        self._scorer.load_state_dict(
-            {name.removeprefix(prefix): v for name, v in state["tensors"].items() if name.startswith(prefix)}
-        )
         self.step, self.allocations, self.finished = state["step"], state["allocations"], state["finished"]
         self._restore_pruned(state)
         self.history.restore(state["history"])
         self._go_on()
+
+    def _refuse_other_ranks(self, ranks: list[int]) -> None:
+        if self.is_sharded and [h.rank for h in self.handles] != ranks:
+            raise CheckpointError(
+                "the checkpoint's adapter has been compacted, and sharded parameters cannot change their size: load it "
+                "before fully_shard, or go on in one process or under DDP"
+            )
 
     def _restore_pruned(self, state: dict[str, Any]) -> None:
         if self._pruned is None:
@@ -206,7 +211,8 @@ class Resumable:
 
     def has_weights_of(self, state: dict[str, Any]) -> bool:
         """Whether the layers hold the weights of a state already."""
-        tensors, _ = layers_state(self.handles)
+        with self._shards.whole():
+            tensors, _ = layers_state(self.handles)
         saved = state["tensors"]
         return all(
             name in saved and saved[name].shape == value.shape and bool((saved[name] == value.cpu()).all())
@@ -217,13 +223,15 @@ class Resumable:
     @torch.no_grad()
     def weights_are_finite(self) -> bool:
         """Whether no factor holds NaN or infinities."""
-        values = [parameter.detach() for h in self.handles for parameter, _ in h.factors.values()]
-        return not values or bool(torch.stack([n.reshape(()) for n in torch._foreach_norm(values)]).isfinite().all())
+        with self._shards.whole():
+            values = [parameter.detach() for h in self.handles for parameter, _ in h.factors.values()]
+            norms = [norm.reshape(()) for norm in torch._foreach_norm(values)] if values else []
+        return not norms or bool(torch.stack(norms).isfinite().all())
 
     @property
     def is_sharded(self) -> bool:
         """Whether parameters are spread over processes (FSDP2)."""
-        return any(isinstance(p, DTensor) for h in self.handles for p, _ in h.factors.values())
+        return bool(self._shards.parameters)
 
     @contextmanager
     def loading(self, folder: Any) -> Iterator[None]:
@@ -252,6 +260,7 @@ class Resumable:
         """
         if [h.rank for h in self.handles] == ranks:
             return
+        self._refuse_other_ranks(ranks)
         optimizer = self.optimizer or find_optimizer([p for h in self.handles for p, _ in h.factors.values()])
         resize(self.handles, ranks, optimizer, model=self.model)
         self._scorer.reset()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from launching import gathered
 from peft import LoraConfig, get_peft_model
 from test_resume_loops import adamw, attach, lora
 from test_resume_trainer import Tokens, bert
@@ -20,13 +21,6 @@ import adalora
 from adalora.errors import CompactionError
 
 STEPS = 30
-
-
-def gathered(value):
-    """The value of every rank."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def checksum(model):

@@ -12,7 +12,8 @@ from torch import nn
 import adalora
 from adalora.errors import CompactionError
 from adalora.lora.compaction import compact
-from adalora.lora.triplets import find_triplets, write_patterns
+from adalora.lora.patterns import write_patterns
+from adalora.lora.triplets import find_triplets
 
 RANK = 6
 KEPT = {"0": [0, 2, 5], "2": [], "4": [1, 3]}

@@ -229,6 +229,26 @@ def test_compaction_leaves_the_output_and_cuts_lambda_with_its_moments():
     train(cut, steps=1)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_a_scale_of_its_own_survives_compaction(rslora, tmp_path):
+    """The file's P holds the layer's gain: its α must not hold it too."""
+    model = lora(use_rslora=rslora)
+    controller = attach(model, scale="matched")
+    train(model, steps=17)
+    assert all(h.gain > 1 for h in controller.handles if not h.removed)
+    assert sum(h.rank for h in controller.handles) == 10
+    for moment in ("compacted", "finished"):
+        expected = answer(model)
+        model.save_pretrained(tmp_path / moment)
+        torch.manual_seed(1)
+        stock = PeftModel.from_pretrained(Everything(), tmp_path / moment)
+        torch.testing.assert_close(answer(stock), expected, atol=1e-5, rtol=1e-5)
+        if moment == "compacted":
+            train(model, steps=STEPS - 17)
+            controller.finalize()
+
+
 @pytest.mark.parametrize("initialization", ["keep", "orthonormal"])
 def test_a_trained_adapter_keeps_what_it_learned(initialization):
     model = lora()

@@ -9,8 +9,9 @@ from torch import nn
 
 from adalora.lora.compaction import compact
 from adalora.lora.masking import zero_pruned
+from adalora.lora.patterns import write_patterns
 from adalora.lora.svd import add_lambda, fold_lambda
-from adalora.lora.triplets import find_triplets, write_patterns
+from adalora.lora.triplets import find_triplets
 
 LAYERS = {
     "Linear": lambda: nn.Linear(5, 7),

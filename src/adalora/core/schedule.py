@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
+
+from adalora.config import AdaLoraConfig
+from adalora.errors import ConfigError
 
 Phase: TypeAlias = Literal["warmup", "decrease", "final"]
 
@@ -76,7 +79,45 @@ class BudgetSchedule:
         origin = 0 if self.released else self.warmup_steps
         return step == self.decrease_end or (step > self.warmup_steps and (step - origin) % self.interval == 0)
 
+    def passes(self, step: int, fractions: Sequence[float]) -> bool:
+        """Whether the allocation after `step` is the first at or after one of these fractions of the decrease."""
+        length = self.decrease_end - self.warmup_steps
+        if not fractions or step >= self.decrease_end:
+            return False
+        last, now = (step - self.interval - self.warmup_steps) / length, (step - self.warmup_steps) / length
+        return any(last < fraction <= now for fraction in fractions)
+
 
 def span_to_steps(span: int | float, total_steps: int) -> int:
     """A span of the config in optimizer steps: fractions (floats) are of `total_steps`, rounded."""
     return round(span * total_steps) if isinstance(span, float) else span
+
+
+def plan_schedule(
+    config: AdaLoraConfig, *, initial_budget: int, target_budget: int, total_steps: int
+) -> BudgetSchedule:
+    """The schedule of a run of `total_steps` optimizer steps.
+
+    Raises:
+        ConfigError: Not a positive number, or warm-up and final phase do not fit into it.
+    """
+    if total_steps < 1:
+        raise ConfigError(f"total_steps={total_steps} must be at least 1: the number of optimizer steps of the run")
+    warmup = span_to_steps(config.warmup, total_steps)
+    decrease_end = total_steps - span_to_steps(config.final, total_steps)
+    if decrease_end < warmup:
+        raise ConfigError(
+            f"warmup ({warmup} steps) and final ({total_steps - decrease_end} steps) are more than "
+            f"total_steps={total_steps}; use fractions, e.g. warmup=0.12, final=0.48"
+        )
+    return BudgetSchedule(
+        initial_budget=initial_budget,
+        target_budget=target_budget,
+        warmup_steps=warmup,
+        decrease_end=min(decrease_end, total_steps - 1),
+        total_steps=total_steps,
+        interval=max(1, span_to_steps(config.allocation_interval, total_steps)),
+        shape=config.schedule,
+        released=config.released_schedule,
+        curve=config.registered_schedule(),
+    )

@@ -78,7 +78,7 @@ def _settle(handle: TripletHandle, rank: int, optimizer: Optimizer | None) -> No
     handle.mask = torch.ones(rank, dtype=torch.bool)
     if rank > 0:
         layer.r[name] = rank
-        layer.lora_alpha[name] = handle.scale * (rank**0.5 if layer.use_rslora.get(name) else rank)
+        layer.lora_alpha[name] = handle.lora_scale * (rank**0.5 if layer.use_rslora.get(name) else rank)
         if name in layer.lora_A and isinstance(layer.lora_A[name], nn.Linear):
             layer.lora_A[name].out_features = layer.lora_B[name].in_features = rank
         elif name in layer.lora_A:

@@ -34,13 +34,21 @@ class Observation:
     def _live(self) -> list[TripletHandle]:
         return [h for h in self.handles if not h.removed]
 
+    @property
+    def _couples(self) -> bool:
+        return self.config.orthogonality in ("squared", "released") and bool(self.config.orthogonality_weight)
+
+    def acts_before(self, *, observe: bool) -> bool:
+        """Whether `before` has anything to do."""
+        return self._couples or (observe and self.config.score_weights == "before")
+
     def before(self, optimizer: Optimizer, *, observe: bool) -> None:
         """The gradients are there and the weights have not moved."""
         config, scale = self.config, loss_scale(optimizer)
         observe = observe and config.score_weights == "before"
         if observe and config.score_gradient == "task":
             self.scorer.observe(loss_scale=scale)
-        if config.orthogonality in ("squared", "released") and config.orthogonality_weight:
+        if self._couples:
             self._add_term(optimizer, scale=scale)
         if observe and config.score_gradient == "total":
             self.scorer.observe(loss_scale=scale)

@@ -10,8 +10,9 @@ from adalora.core.factored_svd import factored_svd
 from adalora.core.initialization import LORA_ROW_NORM
 from adalora.errors import AttachError
 from adalora.lora.forward import TripletVariant
+from adalora.lora.patterns import rescale, shorten, write_patterns
 from adalora.lora.svd import add_lambda, fold_lambda
-from adalora.lora.triplets import TripletHandle, fresh, rescale, shorten, write_patterns
+from adalora.lora.triplets import TripletHandle, fresh
 
 RELEASED_STD = 0.02
 RELEASED_EPSILON = 1e-5  # the released code divides α by r + 1e-5

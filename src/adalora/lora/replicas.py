@@ -1,4 +1,4 @@
-"""Several processes that train copies of one model (DDP): they have to make the same decisions."""
+"""Several processes that train one model (DDP, FSDP2): they have to make the same decisions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -25,28 +26,37 @@ def wrappers_of(model: nn.Module) -> list[DistributedDataParallel]:
 
 
 class Replicas:
-    """The group of processes that a model is replicated over; a group of one where it is not.
+    """The processes that train a model together; none where one trains it alone.
 
     Data parallel gradients are equal, so the processes would decide alike without a word; but a step under `no_sync`,
     or processors of two kinds, would let them part silently. So rank 0 decides.
+
+    Args:
+        model: The model.
+        mesh: What its parameters are sharded over, if they are.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, mesh: DeviceMesh | None = None) -> None:
         self.wrappers = wrappers_of(model)
-        self.group: Any = self.wrappers[0].process_group if self.wrappers else None
+        self._groups: list[Any] = []
+        if mesh is not None:
+            self._groups, self._device = mesh.get_all_groups(), torch.device(mesh.device_type)
+        elif self.wrappers:
+            self._groups = [self.wrappers[0].process_group]
+            self._device = next(self.wrappers[0].parameters()).device
 
     @property
     def several(self) -> bool:
         """Whether there is more than one process."""
-        return self.group is not None and dist.get_world_size(self.group) > 1
+        return any(dist.get_world_size(group) > 1 for group in self._groups)
 
     def share(self, tensor: Tensor) -> Tensor:
         """Rank 0's values, on every process; in place where the device allows."""
         if not self.several:
             return tensor
-        device = next(self.wrappers[0].parameters()).device
-        moved = tensor.to(device)
-        dist.broadcast(moved, dist.get_global_rank(self.group, 0), group=self.group)
+        moved = tensor.to(self._device)
+        for group in self._groups:  # the first row to the others, then the first of each row to its own
+            dist.broadcast(moved, dist.get_global_rank(group, 0), group=group)
         if moved is not tensor:
             tensor.copy_(moved)
         return tensor

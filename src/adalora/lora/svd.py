@@ -127,7 +127,8 @@ def _fold_in_state(module: Any, state: dict[str, Any], prefix: str, metadata: An
 def _split_in_state(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load hook, the way back: columns as long as the live P's, pointing its way; λ takes the rest.
 
-    A column of zeros keeps the live P, with λ = 0. A state that has a λ of its own is taken as it is.
+    A column of zeros keeps the live P, with λ = 0; one that is the live P·λ already changes nothing. A state that has
+    a λ of its own is taken as it is.
     """
     for adapter, weights in module.lora_lambda.items():
         key, own = _key(module, prefix, adapter), f"{prefix}lora_lambda.{adapter}"
@@ -138,15 +139,18 @@ def _split_in_state(module: Any, state: dict[str, Any], prefix: str, *_: Any) ->
             state[own] = weights.detach()
             continue
         dims = [d for d in range(live.dim()) if d != (0 if adapter in module.lora_embedding_A else 1)]
+        here = live.detach() * (_column(module, adapter, weights.detach()) * module.lora_gain[adapter])
+        same = (here != state[key].detach().to(here.device)).sum(dim=dims) == 0
         folded, P = state[key].detach().float(), live.detach().float().to(state[key].device)
         length, wanted = (torch.linalg.vector_norm(t, dim=dims) for t in (folded, P))
         wanted = torch.where(wanted > 0, wanted, torch.ones_like(wanted))
         sign = torch.where((folded * P).sum(dim=dims) < 0, -1.0, 1.0)
         ratio = sign * length / wanted
         column = _column(module, adapter, torch.where(length > 0, ratio, torch.ones_like(ratio)))
-        kept = _column(module, adapter, length > 0)
-        state[key] = torch.where(kept, folded / column, P).to(live.dtype)
-        state[own] = (ratio / module.lora_gain[adapter]).to(live.dtype)
+        new = (length > 0) & ~same.to(length.device)
+        state[key] = torch.where(_column(module, adapter, new), folded / column, P).to(live.dtype)
+        own_now = weights.detach().to(length.device)
+        state[own] = torch.where(same.to(length.device), own_now, (ratio / module.lora_gain[adapter]).to(live.dtype))
 
 
 class _DeltaWeight:

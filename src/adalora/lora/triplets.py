@@ -7,7 +7,6 @@ PEFT starts at zero.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import layer as peft_layers
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from adalora.errors import AttachError
 from adalora.lora.forward import TripletVariant
@@ -33,6 +33,8 @@ class TripletHandle:
         adapter: Adapter name.
         mask: Which triplets are live, [r], bool, on the CPU.
         row_norm: ρ, root mean square length of Q's rows when training started.
+        whole: While a sharded adapter is worked on (`Shards.whole`): its whole parameters, by factor.
+        fingerprint: Of the base weight when the layer was attached.
         parked: Once the last triplet is gone: what the layer held for the adapter, by attribute, at rank 0. A
             checkpoint from before may bring it back.
     """
@@ -42,6 +44,8 @@ class TripletHandle:
     adapter: str
     mask: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     row_norm: float = 0.0
+    whole: dict[str, nn.Parameter] = field(default_factory=dict)
+    fingerprint: str = ""
     parked: dict[str, Any] = field(default_factory=dict)
     _counted: tuple[Tensor | None, int, int] = field(default=(None, 0, 0), repr=False)
 
@@ -67,6 +71,8 @@ class TripletHandle:
     @property
     def P_parameter(self) -> nn.Parameter:
         """The parameter behind P."""
+        if self.whole:
+            return self.whole["P"]
         if self.is_embedding:
             return cast(nn.Parameter, self.layer.lora_embedding_A[self.adapter])
         return cast(nn.Parameter, self.layer.lora_B[self.adapter].weight)
@@ -74,6 +80,8 @@ class TripletHandle:
     @property
     def Q_parameter(self) -> nn.Parameter:
         """The parameter behind Q."""
+        if self.whole:
+            return self.whole["Q"]
         if self.is_embedding:
             return cast(nn.Parameter, self.layer.lora_embedding_B[self.adapter])
         return cast(nn.Parameter, self.layer.lora_A[self.adapter].weight)
@@ -81,6 +89,8 @@ class TripletHandle:
     @property
     def lambda_parameter(self) -> nn.Parameter | None:
         """The parameter behind λ, [r]; None where P carries it."""
+        if self.whole:
+            return self.whole.get("lambda")
         weights = getattr(self.layer, "lora_lambda", None)
         return cast(nn.Parameter, weights[self.adapter]) if weights is not None and self.adapter in weights else None
 
@@ -94,9 +104,19 @@ class TripletHandle:
         return found if weights is None else {**found, "lambda": (weights, 0)}
 
     @property
+    def sharded(self) -> dict[str, nn.Parameter]:
+        """The parameters that are spread over processes, by factor."""
+        return {name: p for name, (p, _) in self.factors.items() if isinstance(p, DTensor)}
+
+    @property
     def Q_keys(self) -> tuple[str, str]:
         """What Q may be called in the layer's state dict."""
         return f"lora_A.{self.adapter}.weight", f"lora_embedding_B.{self.adapter}"
+
+    @property
+    def P_keys(self) -> tuple[str, str]:
+        """What P may be called in the layer's state dict."""
+        return f"lora_B.{self.adapter}.weight", f"lora_embedding_A.{self.adapter}"
 
     @property
     def P_dim(self) -> int:
@@ -149,7 +169,12 @@ class TripletHandle:
     @property
     def scale(self) -> float:
         """S in ΔW = s·P·diag(λ)·Q."""
-        return float(self.layer.scaling[self.adapter]) * self.gain
+        return self.lora_scale * self.gain
+
+    @property
+    def lora_scale(self) -> float:
+        """LoRA's own α/r: what a plain LoRA file is scaled with, whose P holds `gain` already."""
+        return float(self.layer.scaling[self.adapter])
 
     @property
     def gain(self) -> float:
@@ -252,6 +277,8 @@ def _refuse_unsupported(name: str, layer: Any, adapter: str) -> None:
             "pruned, nor does PEFT merge such a layer; leave it out of target_modules"
         )
     factors = [*layer.lora_A.parameters(), *layer.lora_embedding_A.parameters()]
+    if any(isinstance(p, DTensor) for p in factors):
+        raise AttachError(f"{name}: the adapter is sharded already; call adalora.attach(model) before fully_shard")
     if any(p.is_meta for p in factors):
         raise AttachError(
             f"{name}: the adapter has no values yet (low_cpu_mem_usage=True); load it, or use "
@@ -262,66 +289,3 @@ def _refuse_unsupported(name: str, layer: Any, adapter: str) -> None:
 def fresh(handles: list[TripletHandle]) -> bool:
     """Whether the adapter adds nothing yet: every P·Λ is zero, as LoRA starts."""
     return not any(bool(h.left_or.any()) for h in handles)
-
-
-def rescale(model: nn.Module, handles: list[TripletHandle], factor: float) -> None:
-    """Multiply the LoRA scale of one adapter by `factor`, in the layers and in its LoraConfig alike.
-
-    The scale that the adapter came with is remembered in the layer: a copy of the model can be attached anew.
-    """
-    for h in handles:
-        if not hasattr(h.layer, "triplet_scale"):
-            h.layer.triplet_scale = {}
-            h.layer.other_param_names = (*h.layer.other_param_names, "triplet_scale")
-        h.layer.triplet_scale.setdefault(h.adapter, h.layer.scaling[h.adapter])
-        h.layer.scaling[h.adapter] *= factor
-        h.layer.lora_alpha[h.adapter] *= factor
-    config = lora_config(model, handles[0].adapter)
-    config.lora_alpha = _whole(config.lora_alpha * factor)
-    config.alpha_pattern = {key: _whole(value * factor) for key, value in config.alpha_pattern.items()}
-
-
-def shorten(handles: list[TripletHandle], factor: float) -> None:
-    """Multiply the rows of Q that LoRA started with by `factor`: once, also where a copy is attached anew."""
-    for h in handles:
-        if not hasattr(h.layer, "triplet_length"):
-            h.layer.triplet_length = {}
-            h.layer.other_param_names = (*h.layer.other_param_names, "triplet_length")
-        before = h.layer.triplet_length.get(h.adapter, 1.0)
-        if factor != before:
-            h.Q_ri.mul_(factor / before)
-        h.layer.triplet_length[h.adapter] = factor
-
-
-def write_patterns(model: nn.Module, handles: list[TripletHandle]) -> None:
-    """Put the ranks that layers now have into the adapter's LoraConfig, so that stock PEFT rebuilds them.
-
-    Modules without triplets go to `exclude_modules`. α of each module keeps its scale: α_i = s·r_i, or s·√r_i.
-    """
-    config = lora_config(model, handles[0].adapter)
-    live = [h for h in handles if not h.removed]
-    if not live:
-        return
-    if isinstance(config.init_lora_weights, str):
-        # How it started is over; PEFT would ask its conditions of the new ranks.
-        config.init_lora_weights, config.eva_config = True, None
-    largest = max(live, key=lambda h: h.rank)
-    config.r, config.lora_alpha = largest.rank, _alpha(largest, config.use_rslora)
-    config.rank_pattern = {f"^{re.escape(h.name)}": h.rank for h in live if h.rank != config.r}
-    alphas = {f"^{re.escape(h.name)}": _alpha(h, config.use_rslora) for h in live}
-    config.alpha_pattern = {key: alpha for key, alpha in alphas.items() if alpha != config.lora_alpha}
-    gone = "|".join(re.escape(h.name) for h in handles if h.removed)
-    if gone:
-        before = config.exclude_modules
-        if before and not isinstance(before, str):
-            before = "|".join(rf"(.*\.)?{re.escape(name)}" for name in sorted(before))
-        config.exclude_modules = f"({before})|{gone}" if before else gone
-
-
-def _alpha(handle: TripletHandle, rslora: bool) -> int | float:
-    return _whole(handle.scale * (handle.rank**0.5 if rslora else handle.rank))
-
-
-def _whole(value: float) -> int | float:
-    """An integer where it is one: some servers read lora_alpha as an integer."""
-    return round(value) if abs(value - round(value)) < 1e-9 else value
