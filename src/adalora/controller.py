@@ -69,6 +69,7 @@ class RankController(Resumable, HistoryPlots):
         self.allocations = 0
         self.finished = False
         self._warned_idle = False
+        self._uncuttable = False
         self._model = weakref.ref(model)
         self._optimizers = Optimizers()
         self._schedule: BudgetSchedule | None = None
@@ -281,6 +282,7 @@ class RankController(Resumable, HistoryPlots):
         try:
             compact(self.handles, self.optimizer)
         except CompactionError as error:  # nothing was changed; a run must not die of it
+            self._uncuttable = True
             warnings.warn(f"pruned triplets stay in memory, masked: {error}", AdaLoraWarning, stacklevel=2)
             return
         if self._pruned is not None:
@@ -339,8 +341,8 @@ class RankController(Resumable, HistoryPlots):
                 self._enter_final_phase()
         if self._nested is not None:
             self._nested.stop()
-        if self._replicas.several:
-            self.compact()  # put off until now
+        if not self._uncuttable:
+            self.compact()  # put off until now, by several processes or the run that was resumed here
         for h in self.handles:
             if not (h.removed or self.is_sharded):  # FSDP2 would put the λ back; what is saved is folded anyway
                 fold_lambda(h)
