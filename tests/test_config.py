@@ -85,7 +85,7 @@ REFUSED = [
     ({"parametrization": "usv"}, "parametrization='usv': Input should be 'lora' or 'svd'"),
     (
         {"parametrization": "svd", "initialization": "zeros"},
-        "Input should be 'matched', 'keep', 'orthonormal' or 'gaussian'",
+        "Input should be 'keep', 'orthonormal' or 'gaussian'",
     ),
     ({"scale": -2.0}, "scale=-2.0: as a number is s in ΔW = s·P·Λ·Q and must be above 0"),
     ({"score_weights": "between"}, "score_weights='between': Input should be 'after' or 'before'"),
@@ -97,7 +97,6 @@ REFUSED = [
         for name, value in [
             ("initialization", "orthonormal"),
             ("initialization", "gaussian"),
-            ("scale", "matched"),
             ("scale", "released"),
             ("importance", "lambda_magnitude"),
             ("orthogonality", "squared"),
@@ -261,11 +260,10 @@ def test_amounts_as_text(name, text, number):
 
 
 def test_defaults_follow_the_parametrization():
-    assert AdaLoraConfig().initialization == "matched"
-    assert AdaLoraConfig(scale="initial").initialization == "keep"
+    assert (AdaLoraConfig().initialization, AdaLoraConfig().scale) == ("keep", "matched")
     assert AdaLoraConfig().handover
     svd = AdaLoraConfig(parametrization="svd")
-    assert (svd.initialization, svd.handover) == ("orthonormal", False)
+    assert (svd.initialization, svd.handover, svd.scale) == ("orthonormal", False, "target")
 
 
 def test_presets_can_be_changed_and_are_checked():

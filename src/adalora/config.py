@@ -84,18 +84,16 @@ class AdaLoraConfig(BaseModel):
             (`"before"`).
         parametrization: `"lora"`: LoRA's own two factors, with λ as the length of P's columns; `"svd"`: P, λ and Q
             are trained as in Eq. 3, with λ a parameter of its own.
-        initialization: How a new adapter starts. `"matched"` (default): LoRA's own start with the rows of Q shorter by
-            √(r/r₀), r₀ being the initial and r the target rank, so that Adam's first step moves the weight as far as it
-            does in a LoRA of the target rank. `"keep"`: LoRA's start as it is; with `"svd"`, P = 0 and λ = 1. With
-            `"svd"` alone: `"orthonormal"` P and Q and λ = 0 (its default), or both `"gaussian"` with standard deviation
-            0.02 and λ = 0 (paper).
+        initialization: How a new adapter starts with `"svd"`: `"orthonormal"` P and Q and λ = 0 (default), both
+            `"gaussian"` with standard deviation 0.02 and λ = 0 (paper), or `"keep"`: LoRA's start, P = 0 and λ = 1.
         handover: At the end of warm-up, up to which the adapter trains exactly as LoRA does, turn every P·Q
             to its exact singular vectors. `"lora"` only.
         reorthonormalize: After each allocation turn P·Λ·Q to its exact singular vectors; the averages start anew.
-        scale: s in ΔW = s·P·Λ·Q: α/r with r the target rank (`"target"`: each triplet moves like one of a LoRA of
-            that rank) or the initial rank (`"initial"`: what LoraConfig says); `"matched"`: with `"svd"`, so that
-            Adam's first step moves the weight as far as it does in a LoRA of the target rank; `"released"`:
-            α/(r + 1e-5) with r the initial rank; or a number. An adapter that is trained already keeps its scale.
+        scale: s in ΔW = s·P·Λ·Q, r being the target and r₀ the initial rank. `"matched"` (default): the adapter as a
+            whole trains as fast as a LoRA of the target rank: α/r divided by √(r₀/r), rounded to a whole number so that
+            `lora_alpha` stays one; with `"svd"` whatever makes Adam's first step as long as LoRA's. `"target"`: α/r,
+            each triplet moves like one of a LoRA of that rank (default with `"svd"`). `"initial"`: α/r₀, what
+            LoraConfig says. `"released"`: α/(r₀ + 1e-5). Or a number. An adapter that is trained keeps its scale.
         orthogonality: `"decoupled"`: R(P, Q) of Eq. 4 acts once per optimizer step, apart from the loss, like
             decoupled weight decay; `"squared"`: γ·R is part of the objective, as in Eq. 4; `"released"`: γ times the
             mean of the unsquared norms, as in the released code; `"off"`.
@@ -131,10 +129,10 @@ class AdaLoraConfig(BaseModel):
     score_gradient: Literal["total", "task"] = "total"
     score_weights: Literal["after", "before"] = "after"
     parametrization: Literal["lora", "svd"] = "lora"
-    initialization: Literal["matched", "keep", "orthonormal", "gaussian"] = "matched"
+    initialization: Literal["keep", "orthonormal", "gaussian"] = "keep"
     handover: bool = True
     reorthonormalize: bool = False
-    scale: Literal["target", "initial", "matched", "released"] | float = "target"
+    scale: Literal["target", "initial", "matched", "released"] | float = "matched"
     orthogonality: Orthogonality = "decoupled"
     orthogonality_weight: float = Field(default=0.1, ge=0)
     revival: bool = True
@@ -254,8 +252,8 @@ class AdaLoraConfig(BaseModel):
                 object.__setattr__(self, "initialization", "orthonormal")
             if "handover" not in given:
                 object.__setattr__(self, "handover", False)
-        elif "initialization" not in given and self.scale != "target":
-            object.__setattr__(self, "initialization", "keep")
+            if "scale" not in given:
+                object.__setattr__(self, "scale", "target")
         if self.total_parameters is not None or self.adapter_bytes is not None:
             if "budget_cost" in given and self.budget_cost == "rank":
                 raise ValueError('budget_cost="rank" contradicts a budget in parameters or bytes: leave it out')
@@ -281,8 +279,6 @@ class AdaLoraConfig(BaseModel):
             )
         if self.parametrization == "lora":
             self._refuse_svd_only()
-        elif self.initialization == "matched":
-            raise ValueError('initialization="matched" needs parametrization="lora": use scale="matched" with "svd"')
         elif self.handover:
             raise ValueError('handover=True needs parametrization="lora": with "svd" P, λ and Q are trained throughout')
         elif self.scale == "matched" and self.initialization == "keep":
@@ -329,14 +325,9 @@ class AdaLoraConfig(BaseModel):
         return self.nested or new or (self.importance == "random" and self.schedule != "constant")
 
     def _refuse_svd_only(self) -> None:
-        if self.initialization == "matched" and self.scale != "target":
-            raise ValueError(
-                f'initialization="matched" needs scale="target", not {self.scale!r}: leave one of them out, or use '
-                'initialization="keep"'
-            )
         for name, values in (
             ("initialization", ("orthonormal", "gaussian")),
-            ("scale", ("matched", "released")),
+            ("scale", ("released",)),
             ("importance", ("lambda_magnitude",)),
             ("orthogonality", ("squared", "released")),
         ):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from adalora.core.factored_svd import factored_svd
 from adalora.core.initialization import LORA_ROW_NORM
 from adalora.errors import AttachError
 from adalora.lora.forward import TripletVariant
-from adalora.lora.patterns import rescale, shorten, write_patterns
+from adalora.lora.patterns import rescale, write_patterns
 from adalora.lora.svd import add_lambda, fold_lambda
 from adalora.lora.triplets import TripletHandle, fresh
 
@@ -44,7 +46,6 @@ def prepare(model: nn.Module, handles: list[TripletHandle], config: AdaLoraConfi
             fold_lambda(h)
     if new:
         _set_scale(model, handles, config, shrink=shrink)
-        shorten(handles, shrink**-0.5 if config.initialization == "matched" else 1.0)
     generator = torch.Generator().manual_seed(config.seed)
     for h in handles:
         if config.parametrization == "svd" and h.lambda_parameter is None:
@@ -65,7 +66,11 @@ def _set_scale(model: nn.Module, handles: list[TripletHandle], config: AdaLoraCo
     before = getattr(first, "triplet_scale", {}).get(handles[0].adapter)
     already = first.scaling[handles[0].adapter] / before if before else 1.0
     rslora = bool(first.use_rslora.get(handles[0].adapter))
-    factor = (shrink**0.5 if rslora else shrink) if config.scale in ("target", "matched") else 1.0
+    factor = 1.0
+    if config.scale in ("target", "matched"):
+        factor = shrink**0.5 if rslora else shrink
+    if config.scale == "matched" and config.parametrization == "lora":
+        factor /= matched_divisor(shrink)
     if factor != already:
         rescale(model, handles, factor / already)
     if isinstance(config.scale, float | int):
@@ -73,6 +78,15 @@ def _set_scale(model: nn.Module, handles: list[TripletHandle], config: AdaLoraCo
             h.layer.scaling[h.adapter] = float(config.scale)
             h.layer.lora_alpha[h.adapter] = config.scale * (h.rank**0.5 if rslora else h.rank)
         write_patterns(model, handles)
+
+
+def matched_divisor(shrink: float) -> int:
+    """√(r₀/r) as a whole number, at least 1, by which α/r is divided.
+
+    Adam moves every entry of B and A by the learning rate, so both ‖B·ΔA‖ and ‖ΔB·A‖ grow with √r₀: with s = α/√(r·r₀)
+    the adapter trains as a LoRA of rank r does, and no less steadily. Whole, so that α = s·r stays what servers read.
+    """
+    return max(1, round(math.sqrt(shrink)))
 
 
 def _start_svd(handle: TripletHandle, config: AdaLoraConfig, *, new: bool, generator: torch.Generator) -> None:

@@ -27,18 +27,6 @@ def rescale(model: nn.Module, handles: list[TripletHandle], factor: float) -> No
     config.alpha_pattern = {key: _whole(value * factor) for key, value in config.alpha_pattern.items()}
 
 
-def shorten(handles: list[TripletHandle], factor: float) -> None:
-    """Multiply the rows of Q that LoRA started with by `factor`: once, also where a copy is attached anew."""
-    for h in handles:
-        if not hasattr(h.layer, "triplet_length"):
-            h.layer.triplet_length = {}
-            h.layer.other_param_names = (*h.layer.other_param_names, "triplet_length")
-        before = h.layer.triplet_length.get(h.adapter, 1.0)
-        if factor != before:
-            h.Q_ri.mul_(factor / before)
-        h.layer.triplet_length[h.adapter] = factor
-
-
 def write_patterns(model: nn.Module, handles: list[TripletHandle], *, ranks: Sequence[int] | None = None) -> None:
     """Put the ranks of layers into the adapter's LoraConfig, so that stock PEFT rebuilds them.
 
