@@ -1,5 +1,6 @@
-"""`python -m adalora`, which launchers such as `torchrun -m` start as well."""
+"""`python -m adalora`, and with it `torchrun -m adalora` and `accelerate launch -m adalora`."""
 
 from adalora.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

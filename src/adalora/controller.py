@@ -167,7 +167,8 @@ class RankController(Resumable, HistoryPlots):
     def _observes(self) -> bool:
         """Whether this step's gradients go into the scores: from the first step that counts to the last allocation."""
         phase = self.schedule.phase(self.step)
-        return phase == "decrease" or (phase == "warmup" and not self.config.handover)
+        scored = phase == "decrease" or (phase == "warmup" and not self.config.handover)
+        return scored and self.schedule.shape != "constant"
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> None:
