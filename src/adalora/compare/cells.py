@@ -13,6 +13,7 @@ from typing import Any
 
 from adalora.compare.methods import METHODS, configure
 from adalora.compare.suite import MethodPart, Stage, Suite, TaskPart, task_name
+from adalora.config import AdaLoraConfig
 from adalora.errors import DataError
 from adalora.tasks.recipe import Recipe
 
@@ -58,6 +59,8 @@ class Cell:
             fields.pop(incidental)
         for incidental in ("output", "name", "description", "published"):
             fields["recipe"].pop(incidental, None)
+        if fields["recipe"].get("adalora"):  # defaults decide as well: another version of this package may have others
+            fields["recipe"]["adalora"] = AdaLoraConfig(**fields["recipe"]["adalora"]).model_dump()
         text = json.dumps(fields, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
