@@ -101,6 +101,7 @@ def init(
 
 
 def _run(recipe: Any, *, overwrite: bool, resume: bool = False) -> None:
+    from accelerate import PartialState
     from rich.console import Console
 
     from adalora.tasks.progress import show_result
@@ -109,7 +110,8 @@ def _run(recipe: Any, *, overwrite: bool, resume: bool = False) -> None:
     _quiet()
     console = Console()
     result = run_recipe(recipe, overwrite=overwrite, resume=resume, console=console)
-    show_result(console, result.metrics, result.files)
+    if PartialState().is_main_process:  # a launcher may have started several
+        show_result(console, result.metrics, result.files)
 
 
 def _quiet() -> None:

@@ -38,6 +38,7 @@ class Task(ABC):
         peft_type: PEFT's task type, or None where PEFT has none that fits.
         label_names: Columns of the features that are targets.
         groups_by_length: Features have `input_ids`, by whose length batches can be put together.
+        loss_per_token: The loss is a mean over the tokens of all processes and micro-batches, where the model can.
         needs: Packages of the extra `metrics` that it imports at the end of a run.
         main_metric: The metric by which a best evaluation is picked.
     """
@@ -46,6 +47,7 @@ class Task(ABC):
     peft_type: ClassVar[str | None] = None
     label_names: ClassVar[tuple[str, ...]] = ("labels",)
     groups_by_length: ClassVar[bool] = True
+    loss_per_token: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
     main_metric: str = "loss"
 

@@ -25,6 +25,7 @@ class CausalLMTask(Task):
     auto_class = AutoModelForCausalLM
     peft_type = "CAUSAL_LM"
     main_metric = "loss"
+    loss_per_token = True
     needs = ("rouge_score",)
 
     @property

@@ -118,7 +118,9 @@ def run_recipe(
     console, hooks = console or Console(), hooks or RunHooks()
     datasets.disable_progress_bars()  # ours is the only bar
     started = time.monotonic()
-    first = PartialState().is_main_process
+    # Without `cpu` it takes a machine without accelerator for a single process, whatever the launcher says.
+    processes = PartialState(cpu=not torch.accelerator.is_available())
+    first = processes.is_main_process
     checkpoint = _interrupted(recipe.folder) if resume else None
     folder = prepare_folder(recipe.folder, overwrite=overwrite) if first and not resume else recipe.folder
     splits = load_splits(recipe)
@@ -165,6 +167,7 @@ def run_recipe(
         if adaptive is not None and hooks.keep_adapter:
             build_report(history, folder / REPORT, names=[recipe.name])
         shutil.rmtree(folder / WORK, ignore_errors=True)
+    processes.wait_for_everyone()
     return RunResult(folder, metrics, trainer)
 
 

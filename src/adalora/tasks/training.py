@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -34,9 +35,21 @@ def make_trainer(recipe: Recipe, task: Task, *, model: Any, processor: Any, spli
         compute_metrics=task.metrics(),
         preprocess_logits_for_metrics=task.reduce_outputs(),
     )
+    trainer.model_accepts_loss_kwargs = task.loss_per_token and _counts_items(model)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
+
+
+def _counts_items(model: Any) -> bool:
+    """Whether the model divides its loss by the items that the Trainer counts over processes and micro-batches.
+
+    The Trainer takes every `forward(**kwargs)` for one that does, and multiplies the loss of the others by the number
+    of processes and of micro-batches. transformers' own divide in `self.loss_function`.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    code = getattr(inspect.unwrap(type(base).forward), "__code__", None)
+    return code is not None and "loss_function" in code.co_names
 
 
 def training_arguments(recipe: Recipe, task: Task) -> TrainingArguments:
