@@ -167,8 +167,7 @@ class RankController(Resumable, HistoryPlots):
     def _observes(self) -> bool:
         """Whether this step's gradients go into the scores: from the first step that counts to the last allocation."""
         phase = self.schedule.phase(self.step)
-        scored = phase == "decrease" or (phase == "warmup" and not self.config.handover)
-        return scored and self.schedule.shape != "constant"
+        return phase == "decrease" or (phase == "warmup" and not self.config.handover)
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> None:
