@@ -201,8 +201,8 @@ def test_a_refused_attach_leaves_the_model_as_it_was(settings):
         adalora.attach(model, target_rank=2, **settings)
     assert adalora.controllers(model) == {}
     controller = adalora.attach(model, target_rank=2, total_steps=20)
-    assert controller.handles[0].scale == 12 / RANK * 3
-    assert model.peft_config["default"].lora_alpha == 36
+    assert controller.handles[0].scale == 12 / RANK * 3 / 2  # α/r over √(r₀/r), rounded
+    assert model.peft_config["default"].lora_alpha == 18
 
 
 def test_attaching_twice_is_refused():
