@@ -108,7 +108,7 @@ def test_rotating_inputs_changes_the_scores_of_P_and_Q_but_not_of_lambda():
 def learned():
     """A model at the end of warm-up with its triplets handed over, and the loss on much data."""
     model = lora(r=6)
-    controller = adalora.attach(model, target_rank=2, total_steps=1000, warmup=150, orthogonality="off")
+    controller = adalora.attach(model, target_rank=2, total_steps=1000, warmup=150, orthogonality="off", scale="target")
     train(model, adamw(model), 151)
     x, y = (torch.cat(parts) for parts in zip(*(batch(1000 + k) for k in range(64))))
 

@@ -44,6 +44,9 @@ def write_patterns(model: nn.Module, handles: list[TripletHandle], *, ranks: Seq
         return
     root = 0.5 if config.use_rslora else 1
     alphas = {f"^{re.escape(h.name)}": _whole(h.lora_scale * rank**root) for h, rank in found if rank}
+    if isinstance(config.init_lora_weights, str):
+        # How it started is over; PEFT would ask its conditions of the new ranks.
+        config.init_lora_weights, config.eva_config = True, None
     largest = max(live, key=lambda key: live[key])
     config.r, config.lora_alpha = live[largest], alphas[largest]
     config.rank_pattern = {key: rank for key, rank in live.items() if rank != config.r}
