@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from adalora.compare.cells import RESULTS, Results, cells_of_rate, dev_cells, groups, pick_rate
+from adalora.compare.cells import RESULTS, Results, dev_cells, groups, picked_cells
 from adalora.compare.report import markdown
 from adalora.compare.suite import Suite, load_suite
 from adalora.compare.summary import summarize
@@ -25,8 +25,7 @@ def wanted_rows(suite: Suite, results: Results) -> list[dict[str, object]]:
     """The rows of the suite's cells, in its order."""
     rows = []
     for group in groups(suite):
-        rate = pick_rate(suite, *group, results=results)
-        cells = dev_cells(suite, *group) + (cells_of_rate(suite, *group, rate=rate) if rate is not None else [])
+        cells = dev_cells(suite, *group) + picked_cells(suite, *group, results=results)
         rows += [results.rows[cell.key] for cell in cells if cell.key in results.rows]
     return rows
 
@@ -35,14 +34,14 @@ def main() -> None:
     """Write `benchmarks/results/SUITE.jsonl` and the suite's part of the page."""
     suite = load_suite(sys.argv[1], output=sys.argv[2])
     results = Results(suite.folder / RESULTS)
-    lines = [json.dumps(row) + "\n" for row in wanted_rows(suite, results)]
-    (ROOT / "benchmarks" / "results" / f"{suite.name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    tables = re.sub(r"^#", "##", markdown(summarize(suite, results)), flags=re.MULTILINE)
-    tables = "\n".join(line for line in tables.splitlines() if not re.match(r"## \S+$", line)).strip()
     start, end = f"<!-- {suite.name} -->", f"<!-- end of {suite.name} -->"
     page = PAGE.read_text(encoding="utf-8")
     if start not in page:
         raise SystemExit(f"{PAGE.name} has no place for {suite.name}: add the two lines {start} and {end}")
+    lines = [json.dumps(row) + "\n" for row in wanted_rows(suite, results)]
+    (ROOT / "benchmarks" / "results" / f"{suite.name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    tables = re.sub(r"^#", "##", markdown(summarize(suite, results)), flags=re.MULTILINE)
+    tables = "\n".join(line for line in tables.splitlines() if not re.match(r"## \S+$", line)).strip()
     before, rest = page.split(start, 1)
     PAGE.write_text(f"{before}{start}\n\n{tables}\n\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
     print(f"{len(lines)} rows, {PAGE}")

@@ -395,12 +395,17 @@ class AdaLoraConfig(BaseModel):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
+def paper_initial_rank(target_rank: float) -> int:
+    """1.5 times the target rank, as in the paper, and above it."""
+    return max(round(target_rank) + 1, round(1.5 * target_rank))
+
+
 def initial_rank(target_rank: float) -> int:
     """The rank to start with for a target: four times it while that is at most 16, and never less than 1.5 times it.
 
     At low target ranks breadth during the search is what pays (`docs/results.md`); at high ones it costs time.
     """
-    return max(round(target_rank) + 1, round(1.5 * target_rank), min(round(4 * target_rank), 16))
+    return max(paper_initial_rank(target_rank), min(round(4 * target_rank), 16))
 
 
 def _read_amount(text: str, *, of_bytes: bool) -> int:

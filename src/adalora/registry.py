@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from adalora.config import AdaLoraConfig
 from adalora.controller import RankController
 from adalora.errors import AttachError, ConfigError
+from adalora.lora.triplets import adapter_name
 from adalora.report.history import History
 from adalora.report.live import diagnose_live
 from adalora.report.thresholds import DiagnosticThresholds
@@ -172,9 +173,7 @@ def attach(
     if config is not None and fields:
         raise ConfigError(f"give config or keywords, not both: config={config!r} and {', '.join(fields)}")
     config = config or AdaLoraConfig(**fields)
-    if adapter is None:
-        active = getattr(model, "active_adapter", "default")
-        adapter = active if isinstance(active, str) else "default"
+    adapter = adapter_name(model, adapter)
     taken = controllers(model)
     if adapter in taken:
         raise AttachError(f"adapter {adapter!r} of this model is attached already; call attach once")

@@ -99,6 +99,19 @@ def test_scores_and_masks_at_every_step(beta1, beta2):
     assert scorer.skipped == 0
 
 
+def scheduled(*, initial_budget, target_budget, warmup, final, total, shape="cubic"):
+    """The schedule of the arguments that the reference takes, with an allocation at every step."""
+    return BudgetSchedule(
+        initial_budget=initial_budget,
+        target_budget=target_budget,
+        warmup_steps=warmup,
+        decrease_end=total - final,
+        total_steps=total,
+        interval=1,
+        shape=shape,
+    )
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     warmup=st.integers(0, 50),
@@ -109,15 +122,6 @@ def test_scores_and_masks_at_every_step(beta1, beta2):
 )
 def test_budget_is_that_of_exact_fractions(warmup, decrease, final, target, surplus):
     total = warmup + decrease + final
-    schedule = BudgetSchedule(
-        initial_budget=target + surplus,
-        target_budget=target,
-        warmup_steps=warmup,
-        decrease_end=total - final,
-        total_steps=total,
-        interval=1,
-        shape="cubic",
-    )
     given_ = {
         "initial_budget": target + surplus,
         "target_budget": target,
@@ -125,6 +129,7 @@ def test_budget_is_that_of_exact_fractions(warmup, decrease, final, target, surp
         "final": final,
         "total": total,
     }
+    schedule = scheduled(**given_)
     for step in range(total):
         assert schedule.budget(step) == reference_budget(step, **given_)
         # Where Eq. 14 gives a whole number, the released code's floating point may land just below it.
@@ -145,17 +150,9 @@ def test_budget_is_that_of_exact_fractions(warmup, decrease, final, target, surp
 def test_budget_of_every_shape(warmup, decrease, final, target, surplus, shape):
     """Exact, but for odd exponents where 50 digits give a whole number to within rounding."""
     total = warmup + decrease + final
-    schedule = BudgetSchedule(
-        initial_budget=target + surplus,
-        target_budget=target,
-        warmup_steps=warmup,
-        decrease_end=total - final,
-        total_steps=total,
-        interval=1,
-        shape=shape,
-    )
     given_ = {"initial_budget": target + surplus, "target_budget": target}
     given_ |= {"warmup": warmup, "final": final, "total": total, "shape": shape}
+    schedule = scheduled(**given_)
     for step in range(total):
         mine, reference = schedule.budget(step), reference_budget(step, **given_)
         exact = reference_surplus(step, **given_)

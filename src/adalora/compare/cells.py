@@ -155,6 +155,12 @@ def cells_of_rate(suite: Suite, task: TaskPart, budget: int, method: MethodPart,
     return [make_cell(suite, task, budget, method, rate=rate, seed=seed, stage="test") for seed in suite.seeds]
 
 
+def picked_cells(suite: Suite, task: TaskPart, budget: int, method: MethodPart, *, results: Results) -> list[Cell]:
+    """The test cells at the learning rate that was picked; none while it is not."""
+    rate = pick_rate(suite, task, budget, method, results=results)
+    return [] if rate is None else cells_of_rate(suite, task, budget, method, rate=rate)
+
+
 def pick_rate(suite: Suite, task: TaskPart, budget: int, method: MethodPart, *, results: Results) -> float | None:
     """The learning rate with the best mean dev score; None while dev cells are missing, or where none has a score."""
     rates = method.learning_rates or suite.learning_rates

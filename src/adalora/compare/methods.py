@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from adalora.compare.bottleneck import inject
 from adalora.compare.feeding import fill_eva, follow_gradient
-from adalora.config import initial_rank
+from adalora.config import initial_rank, paper_initial_rank
 from adalora.errors import RecipeError
 from adalora.tasks.base import Task
 from adalora.tasks.data import Splits
@@ -45,11 +45,6 @@ class Method:
         return self.adalora is not None
 
 
-def papers_initial(rank: int) -> int:
-    """1.5 times the target rank."""
-    return max(rank + 1, round(1.5 * rank))
-
-
 METHODS: dict[str, Method] = {
     "full": Method(help="all parameters", budgeted=False),
     "head": Method(help="the new head alone", budgeted=False),
@@ -60,7 +55,7 @@ METHODS: dict[str, Method] = {
     "rslora": Method(help="LoRA with scale α/√r", lora={"use_rslora": True}),
     "dora": Method(help="DoRA", lora={"use_dora": True}),
     "eva": Method(help="EVA: PEFT's initialisation and ranks from activations"),
-    "peft-adalora": Method(help="AdaLoRA as PEFT ships it, the paper's settings", initial=papers_initial),
+    "peft-adalora": Method(help="AdaLoRA as PEFT ships it, the paper's settings", initial=paper_initial_rank),
     "svd-lora": Method(
         help="P, λ, Q without allocation",
         adalora={"parametrization": "svd", "schedule": "constant", "scale": "matched"},

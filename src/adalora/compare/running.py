@@ -17,7 +17,17 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from adalora.compare.cells import RESULTS, Cell, Results, cells_of_rate, dev_cells, groups, pick_rate, sign
+from adalora.compare.cells import (
+    RESULTS,
+    Cell,
+    Results,
+    cells_of_rate,
+    dev_cells,
+    groups,
+    pick_rate,
+    picked_cells,
+    sign,
+)
 from adalora.compare.suite import Suite
 from adalora.errors import AdaLoraError, DataError, TrainingError
 
@@ -95,15 +105,16 @@ def _allocated(model: Any) -> dict[str, Any]:
     """How steady the allocation was, of methods that this package runs."""
     from adalora import controllers
 
-    for controller in controllers(model).values():
-        rounds = controller.history.of("allocation")
-        return {
-            "allocations": len(rounds),
-            "pruned": sum(r["pruned"] for r in rounds),
-            "revived": sum(r["revived"] for r in rounds),
-            "ranks": controller.ranks,
-        }
-    return {}
+    controller = next(iter(controllers(model).values()), None)
+    if controller is None:
+        return {}
+    rounds = controller.history.of("allocation")
+    return {
+        "allocations": len(rounds),
+        "pruned": sum(r["pruned"] for r in rounds),
+        "revived": sum(r["revived"] for r in rounds),
+        "ranks": controller.ranks,
+    }
 
 
 def run_suite(suite: Suite, *, processes: int = 1, report: Report | None = None) -> Results:
@@ -121,11 +132,7 @@ def run_suite(suite: Suite, *, processes: int = 1, report: Report | None = None)
             mine = [group for group in groups(suite) if group[0] is task]
             first = [cell for group in mine for cell in dev_cells(suite, *group)]
             _run_missing(first, run, results, tell)
-            second: list[Cell] = []
-            for group in mine:
-                rate = pick_rate(suite, *group, results=results)
-                if rate is not None:
-                    second += cells_of_rate(suite, *group, rate=rate)
+            second = [cell for group in mine for cell in picked_cells(suite, *group, results=results)]
             _run_missing(second, run, results, tell)
     return results
 

@@ -156,7 +156,7 @@ def _cap_message(config: AdaLoraConfig, most: int, budget: int, *, unit: str, gr
     average = int(100 * most / price) / 100
     where = "" if config.budget_scope == "global" else f" in the {config.budget_scope} {group!r}"
     amounts = {"target_rank": average, "total_rank": most, "total_parameters": most, "adapter_bytes": most}
-    given = next((name for name in BUDGET_FIELDS if getattr(config, name) is not None), "group_budgets")
+    given = _given(config)
     if given == "total_rank" and unit != "triplets":
         given = "target_rank"
     cure = (
@@ -203,7 +203,7 @@ def _too_high(target: int, initial: int, *, unit: str, handles: Sequence[Triplet
 
 def _no_triplet(config: AdaLoraConfig, target: int, *, unit: str, cheapest: int, modules: int) -> str:
     if unit == "triplets":
-        name = next((name for name in BUDGET_FIELDS if getattr(config, name) is not None), "group_budgets")
+        name = _given(config)
         return f"{name}={getattr(config, name)} leaves no triplet in {modules} modules"
     return f"a budget of {target} {unit} buys no triplet: the cheapest of {modules} modules takes {cheapest}"
 
@@ -216,9 +216,14 @@ def _members(scope: str, handles: Sequence[TripletHandle]) -> dict[str, list[int
     return members
 
 
+def _given(config: AdaLoraConfig) -> str:
+    """The field that says how large the model's budget is; a config has one of these always."""
+    return next((name for name in BUDGET_FIELDS if getattr(config, name) is not None), "group_budgets")
+
+
 def _of_groups_alone(config: AdaLoraConfig) -> bool:
     """Whether the model's budget is the sum of its groups'."""
-    return config.group_budgets is not None and all(getattr(config, name) is None for name in BUDGET_FIELDS)
+    return _given(config) == "group_budgets"
 
 
 def _own_targets(config: AdaLoraConfig, members: dict[str, list[int]], costs: list[int]) -> dict[str, int]:

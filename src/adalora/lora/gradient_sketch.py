@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adalora.core.sketch import MatrixSketch
 from adalora.errors import AttachError, ConfigError
-from adalora.lora.triplets import TripletHandle, find_triplets, fresh
+from adalora.lora.triplets import TripletHandle, adapter_name, find_triplets, fresh
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -59,8 +59,7 @@ class GradientSketch:
         oversampling: int = 8,
         seed: int = 0,
     ) -> None:
-        active = getattr(model, "active_adapter", "default")
-        name = adapter or (active if isinstance(active, str) else "default")
+        name = adapter_name(model, adapter)
         handles = find_triplets(model, name)
         if not fresh(handles):
             raise AttachError(f"adapter {name!r} is trained already: its directions would be lost")

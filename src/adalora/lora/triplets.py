@@ -215,6 +215,12 @@ def lora_config(model: nn.Module, adapter: str) -> Any:
     return cast(Any, model).peft_config[adapter]
 
 
+def adapter_name(model: nn.Module, given: str | None) -> str:
+    """The adapter that is meant: the one given, else the active one."""
+    active = getattr(model, "active_adapter", "default") if given is None else given
+    return active if isinstance(active, str) else "default"
+
+
 def find_triplets(model: nn.Module, adapter: str) -> list[TripletHandle]:
     """Handles of all layers that carry `adapter`, in the model's order, a shared layer once.
 
