@@ -3,6 +3,7 @@
 Usage: torchrun --nproc_per_node 2 distributed_worker.py CASE FOLDER
 """
 
+import copy
 import json
 import sys
 import warnings
@@ -11,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from launching import gathered
-from peft import LoraConfig, get_peft_model
-from test_resume_loops import adamw, attach, lora
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_resume_loops import Net, adamw, attach, lora
 from test_resume_trainer import Tokens, bert
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -21,6 +22,7 @@ import adalora
 from adalora.errors import CompactionError
 
 STEPS = 30
+MOMENTS = [2, 4, 7, 9, 16, 25]
 
 
 def checksum(model):
@@ -72,6 +74,71 @@ def raw(folder, *, careless):
         "ranks": gathered(controller.ranks),
         "refused": refused,
     }
+
+
+def environment(folder):
+    """The hook once per step, the loss that of the saved adapter in stock PEFT, before and after the run's end."""
+    model = lora()
+    controller = attach(model)
+    wrapped = DistributedDataParallel(model)
+    optimizer = adamw(model)
+    for number in range(STEPS):
+        assert controller.step == number
+        step(wrapped, optimizer, number)
+        if number in (3, 11, STEPS - 1):
+            check_saved(model, wrapped, folder / f"adapter{number}")
+    controller.finalize()
+    check_saved(model, model, folder / "adapter")
+    return {"steps": controller.step, "ranks": gathered(controller.ranks), "target": controller.target_budget}
+
+
+def check_saved(model, called, folder):
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder)
+    dist.barrier()
+    torch.manual_seed(1)
+    stock = PeftModel.from_pretrained(Net(), folder).eval()
+    x, y = torch.randn(7, 8), torch.randn(7, 4)
+    called.eval()
+    with torch.no_grad():
+        loss, wanted = ((m(x) - y).square().mean() for m in (called, stock))
+        assert abs(float(loss - wanted)) < 1e-6
+        assert (called(x) - stock(x)).abs().max() < 1e-5
+    called.train()
+
+
+def resumed(folder):
+    """Interrupted before, between and at masks and after the last: bit for bit the run that was left alone."""
+
+    def run(first, saved=None):
+        model = lora()
+        controller = attach(model)
+        if saved is not None:
+            controller.load_state_dict(saved["adalora"])
+        wrapped, optimizer = DistributedDataParallel(model), adamw(model)
+        if saved is not None:
+            optimizer.load_state_dict(saved["optimizer"])
+        states = {}
+        for number in range(first, STEPS):
+            if number in MOMENTS and saved is None:
+                states[number] = copy.deepcopy(
+                    {"adalora": controller.state_dict(), "optimizer": optimizer.state_dict()}
+                )
+            torch.manual_seed(1000 + number)  # dropout
+            step(wrapped, optimizer, number)
+        controller.finalize()
+        return {name: p.detach().clone() for name, p in model.named_parameters()}, controller.ranks, states
+
+    weights, ranks, states = run(0)
+    for moment in MOMENTS:
+        if dist.get_rank() == 0:
+            torch.save(states[moment], folder / f"at{moment}")
+        dist.barrier()
+        found, its_ranks, _ = run(moment, torch.load(folder / f"at{moment}", weights_only=True))
+        assert its_ranks == ranks, moment
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[name], value) for name, value in weights.items()), moment
+    return {"moments": MOMENTS, "ranks": gathered(ranks)}
 
 
 class Count(TrainerCallback):
@@ -142,6 +209,8 @@ def main():
     cases = {
         "raw": lambda: raw(folder, careless=False),
         "careless": lambda: raw(folder, careless=True),
+        "environment": lambda: environment(folder),
+        "resumed": lambda: resumed(folder),
         "trainer": lambda: through_trainer(folder),
     }
     result = cases[case]()

@@ -19,6 +19,20 @@ def test_ddp(tmp_path, case):
     assert "wrap it again" in result["refused"]
 
 
+def test_ddp_is_an_environment_like_the_others(tmp_path):
+    """One hook call per step, ranks alike, the task's loss, and a saved adapter that is the live model."""
+    result = launch(WORKER, "environment", tmp_path)
+    assert result["steps"] == 30
+    assert result["ranks"][0] == result["ranks"][1]
+    assert sum(result["ranks"][0].values()) == result["target"]
+
+
+def test_ddp_resumes_bit_for_bit(tmp_path):
+    result = launch(WORKER, "resumed", tmp_path)
+    assert result["ranks"][0] == result["ranks"][1]
+    assert len(result["moments"]) == 6
+
+
 def test_ddp_through_the_trainer(tmp_path):
     """One controller step for each of the trainer's, with accumulation; a resumed run ends in the same weights."""
     result = launch(WORKER, "trainer", tmp_path)

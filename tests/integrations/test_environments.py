@@ -153,12 +153,16 @@ def lightning_module(lightning, *, manual):
             # Data and dropout hang on the step alone: Lightning does not find its place within an epoch again.
             torch.manual_seed(self.global_step)
             inputs = torch.randint(0, 100, (4, 10))
-            loss = self.model(input_ids=inputs, labels=(inputs[:, 0] > 50).long()).loss
+            labels = (inputs[:, 0] > 50).long()
+            outputs = self.model(input_ids=inputs, labels=labels)
+            loss = outputs.loss
+            self.task_loss = float(nn.functional.cross_entropy(outputs.logits, labels))
             if manual:
                 optimizer = self.optimizers()
                 optimizer.zero_grad()
                 self.manual_backward(loss)
                 optimizer.step()
+            self.log("loss", loss)
             return loss
 
         def configure_optimizers(self):
@@ -186,6 +190,8 @@ def test_lightning(tmp_path, manual, moment):
         loader = torch.utils.data.DataLoader(Tokens(128), batch_size=4)
         trainer.fit(module, loader, ckpt_path=path)
         assert trainer.global_step == callback.controller.step == 16
+        assert_saved_equals_live(module.model, bert(), {"input_ids": Tokens(8).inputs}, tmp_path / name / "adapter")
+        assert float(trainer.callback_metrics["loss"]) == pytest.approx(module.task_loss, abs=1e-6)
         return callback.controller, {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}
 
     class Save(lightning.Callback):
@@ -202,7 +208,7 @@ def test_lightning(tmp_path, manual, moment):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_torch_compile():
+def test_torch_compile(tmp_path):
     """Masking does not recompile; the model shrinks and goes on; the result is that of the eager model."""
 
     def train(compiled):
@@ -219,17 +225,20 @@ def test_torch_compile():
             optimizer.zero_grad()
             losses.append(loss.item())
             counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        return controller, losses, counts
+        return controller, model, losses, counts
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    controller, losses, counts = train(compiled=True)
-    _, eager, _ = train(compiled=False)
+    controller, model, losses, counts = train(compiled=True)
+    _, _, eager, _ = train(compiled=False)
     end = controller.schedule.decrease_end
     assert controller.allocations > 3
     assert counts[1] == counts[end]  # masks: no new graph
     assert controller.live == sum(h.rank for h in controller.handles) == controller.target_budget
+    assert controller.step == 20
     assert torch.allclose(torch.tensor(losses), torch.tensor(eager), atol=1e-3)
+    torch.manual_seed(2)
+    assert_saved_equals_live(model, bert(), {"input_ids": Tokens(8).inputs}, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +19,23 @@ from .conftest import rows
 from .tiny import make_recipe, run
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="the launchers would take the GPUs")
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-QUIET = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-LAUNCHERS = {"torchrun": TORCHRUN, "accelerate": [*ACCELERATE, *QUIET]}
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
+COMMANDS = re.findall(r"^(?:torchrun|accelerate) .*recipe\.yaml$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+LAUNCHERS = {command.split()[0]: command for command in COMMANDS}
+
+
+def start(launcher, recipe):
+    """Run the page's command on a recipe."""
+    program, *arguments = LAUNCHERS[launcher].replace("recipe.yaml", str(recipe)).split()
+    return subprocess.run(
+        [sys.executable, str(Path(sys.executable).with_name(program)), *arguments],
+        capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+
+
+def test_the_page_has_both_launchers():
+    assert sorted(LAUNCHERS) == ["accelerate", "torchrun"]
 
 
 def written(folder, tiny_model, *, batch_size):
@@ -51,16 +66,12 @@ def alone(tiny_model, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", sorted(LAUNCHERS))
 def test_two_processes_train_one_run(launcher, tiny_model, alone, tmp_path):
     folder = tmp_path / launcher
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(written(folder, tiny_model, batch_size=4)))
-    done = subprocess.run(
-        [sys.executable, *LAUNCHERS[launcher], "-m", "adalora", "train", str(file)],
-        capture_output=True, text=True, timeout=240, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    done = start(launcher, file)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
     assert done.stdout.count("rows of the test split") == 1
     assert done.stdout.count("step 20/20") == 1
@@ -83,7 +94,7 @@ def test_two_processes_train_one_run(launcher, tiny_model, alone, tmp_path):
         assert bool(loaded(**tokenizer("good flight", return_tensors="pt")).logits.isfinite().all())
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", sorted(LAUNCHERS))
 def test_a_refusal_ends_all_processes(launcher, tiny_model, alone, tmp_path):
     """The first process alone looks at the folder; the other one must not wait for it for ever."""
     recipe = written(tmp_path / launcher, tiny_model, batch_size=4)
@@ -91,10 +102,6 @@ def test_a_refusal_ends_all_processes(launcher, tiny_model, alone, tmp_path):
     (recipe.folder / "metrics.json").write_text("{}")
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe))
-    done = subprocess.run(
-        [sys.executable, *LAUNCHERS[launcher], "-m", "adalora", "train", str(file)],
-        capture_output=True, text=True, timeout=120, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    done = start(launcher, file)
     assert done.returncode != 0
     assert "already holds a run (metrics.json); add --overwrite" in done.stderr
