@@ -312,14 +312,14 @@ class AdaLoraConfig(BaseModel):
             found.append(("score_gradient", f"orthogonality_weight={self.orthogonality_weight:g}"))
         if self.handover and self.warmup == 0:
             found.append(("handover", "warmup=0 (it is at the end of it)"))
-        if not self._draws:
+        if not self.draws:
             found.append(("seed", "these settings (nothing is drawn at random)"))
         if self.orthogonality in ("decoupled", "off"):
             found.append(("score_gradient", f'orthogonality="{self.orthogonality}" (the gradient has no such term)'))
         return found
 
     @property
-    def _draws(self) -> bool:
+    def draws(self) -> bool:
         """Whether anything is random: scores, a new adapter's vectors, or what nested training leaves out."""
         new = self.parametrization == "svd" and self.initialization != "keep"
         return self.nested or new or (self.importance == "random" and self.schedule != "constant")

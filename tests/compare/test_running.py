@@ -30,6 +30,18 @@ def test_rate_is_picked_on_dev_by_the_mean_over_tuning_seeds(make_suite, tmp_pat
     assert pick_rate(suite, *group, results=results) == 0.01
 
 
+def test_a_method_that_follows_takes_the_rate_of_another(make_suite, tmp_path):
+    suite = make_suite(learning_rates=[0.1, 0.01], methods=["lora", {"name": "ours", "rate_of": "lora"}])
+    results = Results(tmp_path / RESULTS)
+    lora, ours = groups(suite)
+    assert dev_cells(suite, *ours) == []
+    assert pick_rate(suite, *ours, results=results) is None
+    assert {cell.learning_rate for cell, _, _ in planned(suite, results) if cell.method == "ours"} == {0.1}
+    for cell in dev_cells(suite, *lora):
+        results.add(fake(cell, 1 - cell.learning_rate))
+    assert pick_rate(suite, *ours, results=results) == pick_rate(suite, *lora, results=results) == 0.01
+
+
 def test_lower_is_better_for_losses_and_diverged_rates_lose(make_suite, tmp_path):
     suite = make_suite(learning_rates=[0.1, 0.01, 1.0], methods=["lora"])
     results = Results(tmp_path / RESULTS)

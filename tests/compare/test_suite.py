@@ -2,6 +2,7 @@ import pytest
 
 from adalora.compare.suite import load_suite
 from adalora.errors import RecipeError
+from adalora.tasks.recipe_files import catalogue_folder
 
 
 @pytest.mark.parametrize(
@@ -14,6 +15,9 @@ from adalora.errors import RecipeError
         ({"learning_rates": [0.0]}, "0.0 must be above 0"),
         ({"learnin_rates": [1.0]}, "did you mean 'learning_rates'"),
         ({"methods": ["lora", {"name": "x", "base": "lora", "adalora": {"importance": "ratio"}}]}, "base: ours"),
+        ({"methods": ["lora", {"name": "ours", "rate_of": "lore"}]}, "rate_of='lore'; methods to follow: lora"),
+        ({"methods": ["lora", "head", {"name": "ours", "rate_of": "head"}]}, "methods to follow: lora"),
+        ({"methods": ["lora", {"name": "ours", "rate_of": "lora", "learning_rates": [0.1]}]}, "leave one of them out"),
         ({"tasks": ["no-such-recipe"]}, "no-such-recipe"),
     ],
 )
@@ -28,7 +32,7 @@ def test_unknown_override_of_a_recipe_is_refused(make_suite, recipe_file):
 
 
 def test_suites_of_the_package_are_valid():
-    for name in ("core", "smoke"):
-        assert load_suite(name).tasks
+    for file in (catalogue_folder() / "suites").glob("*.yaml"):
+        assert load_suite(file.stem).tasks
     with pytest.raises(RecipeError, match="did you mean 'smoke'"):
         load_suite("smok")

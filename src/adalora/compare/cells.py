@@ -143,8 +143,8 @@ def groups(suite: Suite) -> list[tuple[TaskPart, int, MethodPart]]:
 
 def dev_cells(suite: Suite, task: TaskPart, budget: int, method: MethodPart) -> list[Cell]:
     """The cells that pick a learning rate; none where there is nothing to pick."""
-    rates = method.learning_rates or suite.learning_rates
-    if len(rates) == 1:
+    rates = suite.rates(task, method)
+    if len(rates) == 1 or method.rate_of is not None:
         return []
     pairs = [(rate, seed) for rate in rates for seed in suite.tuning_seeds]
     return [make_cell(suite, task, budget, method, rate=rate, seed=seed, stage="dev") for rate, seed in pairs]
@@ -163,9 +163,11 @@ def picked_cells(suite: Suite, task: TaskPart, budget: int, method: MethodPart, 
 
 def pick_rate(suite: Suite, task: TaskPart, budget: int, method: MethodPart, *, results: Results) -> float | None:
     """The learning rate with the best mean dev score; None while dev cells are missing, or where none has a score."""
-    rates = method.learning_rates or suite.learning_rates
+    rates = suite.rates(task, method)
     if len(rates) == 1:
         return rates[0]
+    if method.rate_of is not None:
+        return pick_rate(suite, task, budget, suite.method(method.rate_of), results=results)
     means: dict[float, float] = {}
     for rate in rates:
         wanted = [cell for cell in dev_cells(suite, task, budget, method) if cell.learning_rate == rate]
@@ -205,7 +207,7 @@ def make_cell(
     )
     fields = recipe.to_dict()
     fields["training"] |= {"learning_rate": rate, "seed": seed}
-    if fields["adalora"] and fields["adalora"].get("importance") == "random":
+    if recipe.adalora is not None and recipe.adalora.draws:
         fields["adalora"]["seed"] = seed
     name = f"{task_name(task)}-{budget}-{method.name}-{rate:g}-{seed}-{stage}"
     folder = suite.folder / "work" / name

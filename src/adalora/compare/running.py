@@ -145,7 +145,7 @@ def planned(suite: Suite, results: Results) -> list[tuple[Cell, bool, float | No
     plan = []
     for task, budget, method in groups(suite):
         rate = pick_rate(suite, task, budget, method, results=results)
-        rates = sorted(method.learning_rates or suite.learning_rates)
+        rates = sorted(suite.rates(task, method))
         cells = dev_cells(suite, task, budget, method)
         cells += cells_of_rate(suite, task, budget, method, rate=rate or rates[len(rates) // 2])
         for cell in cells:

@@ -31,6 +31,7 @@ class TaskPart(Part):
         set: Overrides of the recipe, `{training.batch_size: 8}`.
         steps: Optimizer steps of every method; by default the suite's.
         budgets: Target ranks for this task; by default the suite's.
+        learning_rates: The grid for this task; by default the suite's.
         metric: What counts; by default the task's main metric.
         higher_is_better: Whether a higher value of it is better; by default by its name.
         seconds: Expected seconds of one cell, for `--dry-run`, until cells have been measured.
@@ -41,6 +42,7 @@ class TaskPart(Part):
     set: dict[str, Any] = {}
     steps: int | None = Field(default=None, ge=1)
     budgets: list[int] | None = Field(default=None, min_length=1)
+    learning_rates: list[float] | None = Field(default=None, min_length=1)
     metric: str | None = None
     higher_is_better: bool | None = None
     seconds: float | None = Field(default=None, gt=0)
@@ -55,6 +57,7 @@ class MethodPart(Part):
         adalora: Fields of `AdaLoraConfig` to change; only for methods of this package.
         lora: Fields of `LoraConfig` to change.
         learning_rates: A grid of its own.
+        rate_of: The method whose picked learning rate it takes, untuned itself.
     """
 
     name: str = Field(min_length=1)
@@ -62,9 +65,14 @@ class MethodPart(Part):
     adalora: dict[str, Any] = {}
     lora: dict[str, Any] = {}
     learning_rates: list[float] | None = Field(default=None, min_length=1)
+    rate_of: str | None = None
 
     @model_validator(mode="after")
     def _known(self) -> MethodPart:
+        if self.rate_of is not None and self.learning_rates is not None:
+            raise ValueError(
+                f"method {self.name!r}: learning_rates has no effect beside rate_of; leave one of them out"
+            )
         if self.kind not in METHODS:
             raise ValueError(suggest(self.kind, METHODS, "methods"))
         if self.adalora and not METHODS[self.kind].adaptive:
@@ -147,6 +155,13 @@ class Suite(Part):
             twice = sorted({str(v) for v in values if list(values).count(v) > 1})
             if twice:
                 raise ValueError(f"{what}: {', '.join(twice)} comes twice; give tasks and methods names of their own")
+        tuned = [method.name for method in self.methods if method.rate_of is None]
+        for method in self.methods:
+            sized = METHODS[method.kind].budgeted
+            allowed = [name for name in tuned if METHODS[self.method(name).kind].budgeted == sized]
+            if method.rate_of is not None and method.rate_of not in allowed:
+                wanted = ", ".join(allowed) or "none here"
+                raise ValueError(f"method {method.name!r}: rate_of={method.rate_of!r}; methods to follow: {wanted}")
         if self.baseline not in names:
             raise ValueError(f"baseline={self.baseline!r} is not among methods: {', '.join(names)}")
         for task in self.tasks:
@@ -162,6 +177,11 @@ class Suite(Part):
     def method(self, name: str) -> MethodPart:
         """The method of that name."""
         return next(method for method in self.methods if method.name == name)
+
+    def rates(self, task: TaskPart, method: MethodPart) -> list[float]:
+        """The grid that a method's learning rate is picked from, by itself or by the method that it follows."""
+        chooser = method if method.rate_of is None else self.method(method.rate_of)
+        return chooser.learning_rates or task.learning_rates or self.learning_rates
 
     def recipe(self, task: TaskPart) -> Recipe:
         """A task's recipe with its overrides, for the steps of the suite.
