@@ -25,8 +25,9 @@ $(VENV)/.dev: $(VENV)/.demo
 demo: $(VENV)/.demo
 	$(BIN)/adalora demo --out runs/demo
 
+# A process for each core; the tests of a file stay together, for what they share is costly to make.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # Operations, step times, memory against PEFT; see docs/performance.md.
 bench: $(VENV)/.dev

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from adalora.compare.cells import RESULTS, Results, cells_of_rate, dev_cells, groups
 from adalora.compare.report import html, markdown, write_report
+from adalora.compare.stability import dev_drop, loss_variance, stability
 from adalora.compare.summary import summarize
 from adalora.compare.tables import pace, rich_tables, sentences
 
@@ -55,6 +56,30 @@ def test_pace_counts_steps_to_the_baselines_last_score(summary):
     assert pace(by["head", 0]) == "not reached / 40"
     assert pace(dataclasses.replace(by["ours", 2], pace=[(10, 40), (30, 40), (None, 40)])) == "20 / 40 (2 of 3 seeds)"
     assert pace(by["lora", 2]) == ""
+
+
+def test_stability_counts_jumps_and_not_the_trend(summary):
+    falling = [[n, 10.0 - 0.1 * n] for n in range(20)]
+    jumping = [[n, loss + (-1) ** n] for n, loss in falling]
+    assert loss_variance({"loss_curve": falling}) == pytest.approx(0.1**2 / 2)
+    assert loss_variance({"loss_curve": jumping}) > 1.0  # the jumps' own variance is 1; successive ones are opposed
+    assert loss_variance({"loss_curve": falling[:2]}) is loss_variance({}) is None
+    curve = [[1, 0.5], [2, 0.7], [3, 0.6], [4, 0.8]]
+    assert dev_drop({"dev_curve": curve}, 1) == pytest.approx(0.1 / 3)
+    assert dev_drop({"dev_curve": curve}, -1) == pytest.approx(0.4 / 3)
+    assert dev_drop({"dev_curve": curve[:1]}, 1) is None
+    titles, tables = zip(*stability(summary))
+    assert titles == ("moods, target rank 2", "moods", "moods, target rank 4")  # head has no size
+    assert [row[0] for row in tables[0]] == ["lora", "ours", "rslora"]
+    assert "Stability on moods, target rank 2" in markdown(summary)
+    assert "Stability on moods, target rank 2" in html(summary)
+
+
+def test_allocations_are_told_of_methods_that_have_them(summary):
+    line = next(line for line in summary.lines if line.method == "ours")
+    rows = {seed: {**row, "pruned": 40, "revived": 3, "ranks": {"a": seed, "b": 0}} for seed, row in line.tests.items()}
+    changed = dataclasses.replace(summary, lines=[dataclasses.replace(line, tests=rows)])
+    assert stability(changed)[0][1][0][3:] == ["15 / 200", "0 to 5"]
 
 
 def test_narrow_terminals_still_have_the_verdict(summary):

@@ -7,6 +7,7 @@ from pathlib import Path
 import jinja2
 
 from adalora.compare.plots import plot_curves, plot_parameters, plot_rates
+from adalora.compare.stability import STABILITY, stability
 from adalora.compare.summary import Summary
 from adalora.compare.tables import COLUMNS, OVERALL, overall, sentences, tables
 from adalora.report.style import GRID, INK, MUTED, PHASES, SERIES, SURFACE, to_svg
@@ -18,6 +19,11 @@ NOTE = (
     "by Holm for all comparisons of this page; pace is the median number of steps until the dev score is what "
     "{baseline} ends with, and {baseline}'s own. Every learning rate was picked on the dev split with seeds {tuning}; "
     "the test split was touched once per seed ({seeds}). Parameters are those in use at the end, without a new head."
+)
+STABILITY_NOTE = (
+    "Stability, means over the seeds: variance of the logged loss around its trend in the second half; mean loss of "
+    "dev score from one evaluation to the next, rises counted as 0; triplets that came back of those pruned, and the "
+    "smallest and largest rank of a module at the end, all seeds together."
 )
 
 
@@ -33,7 +39,8 @@ def write_report(summary: Summary, folder: Path) -> list[Path]:
 def note(summary: Summary) -> str:
     """How the figures came about."""
     suite = summary.suite
-    return NOTE.format(
+    text = f"{NOTE} {STABILITY_NOTE}" if stability(summary) else NOTE
+    return text.format(
         confidence=suite.confidence,
         baseline=suite.baseline,
         tuning=", ".join(map(str, suite.tuning_seeds)),
@@ -48,6 +55,8 @@ def markdown(summary: Summary) -> str:
         parts += [f"## {title}", _markdown_table(COLUMNS, rows)]
     if summary.overall:
         parts += [f"## Mean over tasks, against {summary.suite.baseline}", _markdown_table(OVERALL, overall(summary))]
+    for title, rows in stability(summary):
+        parts += [f"## Stability on {title}", _markdown_table(STABILITY, rows)]
     parts += ["\n".join(f"- {sentence}" for sentence in sentences(summary))]
     parts += ["\n".join(f"- {text}" for text in summary.environments)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -72,6 +81,8 @@ def html(summary: Summary) -> str:
         tables=found,
         overall_columns=OVERALL,
         overall=overall(summary),
+        stability_columns=STABILITY,
+        stability=stability(summary),
         sentences=sentences(summary),
         figures=[to_svg(figure, label=label, key=f"f{number}") for number, (label, figure) in enumerate(figures)],
         palette=palette(),
