@@ -28,6 +28,13 @@ def test_mask_steps_take_at_most_1_3_times_lora_s(counted):
     assert counted["ours"]["mask"]["total"] <= 1.3 * counted["lora"]["step"]["total"]
 
 
+def test_neither_do_they_with_dropout():
+    lora, ours = (operations(method, NARROW, dropout=0.1) for method in ("lora", "ours"))
+    for phase in ("warmup", "decrease", "final"):
+        assert ours[phase]["total"] <= lora["step"]["total"]
+    assert ours["mask"]["total"] <= 1.3 * lora["step"]["total"]
+
+
 def test_peft_adalora_takes_several_times_as_many(counted):
     assert counted["peft_adalora"]["step"]["total"] > 3 * counted["lora"]["step"]["total"]
 

@@ -132,8 +132,8 @@ def test_keeps_x_the_mask_as_bytes_and_the_small_product():
         base = (x @ W.T).detach()
         fused_lora(x, base, Q, P, scale=1.0, dropout=0.5, weight_oi=W)
     mine = [t for t in kept if not any(t.data_ptr() == o.data_ptr() for o in (x, W, Q, P))]
-    assert sorted((t.dtype, tuple(t.shape)) for t in mine if t.dtype == torch.bool) == [(torch.bool, (8, 16))]
-    assert [tuple(t.shape) for t in mine if t.dtype != torch.bool] == [(2, 8)]
+    assert sorted((t.dtype, tuple(t.shape)) for t in mine if t.dtype == torch.uint8) == [(torch.uint8, (8, 16))]
+    assert [tuple(t.shape) for t in mine if t.dtype != torch.uint8] == [(2, 8)]
 
 
 def test_saved_by_someone_else_and_overwritten_is_an_error_not_a_wrong_gradient():

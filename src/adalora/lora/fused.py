@@ -51,7 +51,7 @@ def fused_lora(
 
 
 class _Dropped(NamedTuple):
-    """Rows with zeros, the mask, and the factors that are still to be applied to h and to what comes back."""
+    """Rows with zeros, the mask (uint8), and the factors that are still to be applied to h and to what comes back."""
 
     rows_ni: Tensor
     mask_ni: Tensor | None
@@ -65,9 +65,10 @@ def _drop(rows_ni: Tensor, dropout: float) -> _Dropped:
     kept = 1 / (1 - dropout)
     if rows_ni.is_cuda:  # as nn.Dropout there: one kernel, its own random numbers
         rows_ni, mask_ni = torch.native_dropout(rows_ni, dropout, True)
-        return _Dropped(rows_ni, mask_ni, 1.0, kept)
-    noise = torch.empty_like(rows_ni, memory_format=torch.contiguous_format).bernoulli_(1 - dropout)
-    return _Dropped(rows_ni * noise, noise.to(torch.bool), kept, 1.0)
+        return _Dropped(rows_ni, mask_ni.view(torch.uint8), 1.0, kept)
+    # Bytes draw the same zeros as floats do, and products with them are the faster ones.
+    mask_ni = torch.empty(rows_ni.shape, dtype=torch.uint8, device=rows_ni.device).bernoulli_(1 - dropout)
+    return _Dropped(rows_ni * mask_ni, mask_ni, kept, 1.0)
 
 
 class _FusedLora(torch.autograd.Function):
@@ -114,13 +115,12 @@ def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 def _gradients(ctx: Any, grad: Tensor) -> Gradients:
     """Of x, base, Q and P. Factors ride on the products as `alpha`; with beta=0 `addmm` never reads its first input."""
-    x, mask_ni, h_rn, Q_ri, P_or, weight_oi = ctx.saved_tensors
+    x, mask, h_rn, Q_ri, P_or, weight_oi = ctx.saved_tensors
     for_x, for_base, for_Q, for_P = ctx.needs_input_grad[:4]
     grad_no = grad.reshape(-1, grad.shape[-1])
     grad_x = grad_Q = grad_P = None
     if for_P:
         grad_P = torch.addmm(P_or.t(), h_rn, grad_no, beta=0, alpha=ctx.scale).t()
-    mask = None if mask_ni is None else mask_ni.view(torch.uint8).to(x.dtype)
     if for_Q or for_x:
         grad_rn = torch.addmm(h_rn, P_or.t(), grad_no.t(), beta=0, alpha=ctx.scale * ctx.mask_scale)
     if for_Q:

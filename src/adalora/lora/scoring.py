@@ -200,7 +200,8 @@ class _Left:
 
     def start(self, handles: list[TripletHandle]) -> None:
         self.handles = handles
-        stack = torch.stack([h.P_or for h in handles])
+        P_or = handles[0].P_or
+        stack = P_or.expand(len(handles), *P_or.shape)
         self.factors = SmoothedImportance.zeros_like(stack)
         self.weights = SmoothedImportance.zeros_like(stack[:, 0])
 
@@ -226,7 +227,8 @@ class _Right:
 
     def start(self, handles: list[TripletHandle]) -> None:
         self.handles = handles
-        self.factors = SmoothedImportance.zeros_like(torch.stack([h.Q_ri for h in handles]))
+        Q_ri = handles[0].Q_ri
+        self.factors = SmoothedImportance.zeros_like(Q_ri.expand(len(handles), *Q_ri.shape))
 
     def observe(self, *, beta1: float, beta2: float, unscale: float, weights: StepWeights) -> None:
         present = _present(self.handles, lambda h: h.Q_parameter.grad)
