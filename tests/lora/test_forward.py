@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adalora.lora import forward as module_under_test
 from adalora.lora.forward import DROPPED, TripletVariant
+from adalora.lora.svd import add_lambda
 from adalora.lora.triplets import find_triplets
 
 
@@ -284,3 +285,55 @@ def test_triplets_left_out_get_no_gradient_and_add_nothing(fused_calls, hooked):
             h.layer.lora_B["default"].register_forward_hook(lambda m, i, out: out)
     assert_same(plain, fused)
     assert bool(fused_calls) is not hooked
+
+
+def svd_pair(**options):
+    """Two models with a λ of their own: one called module by module, one fused."""
+    models = pair(**options)
+    for model in models:
+        for number, h in enumerate(find_triplets(model, "default")):
+            add_lambda(h, torch.tensor([0.5, -1.0, 0.0]) + number, gain=1.5)
+    for h in find_triplets(models[0], "default"):
+        h.layer.lora_A["default"].register_forward_hook(lambda m, i, out: out)
+    return models
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("input_grad", [True, False])
+def test_a_lambda_of_its_own(fused_calls, dropout, input_grad):
+    assert_same(*svd_pair(lora_dropout=dropout), input_grad=input_grad)
+    assert len(fused_calls) == 9
+    assert all(c["lambda_r"] is not None and c["weight_oi"] is not None for c in fused_calls)
+
+
+def test_a_lambda_of_its_own_is_written_out(fused_calls):
+    plain, fused = svd_pair()
+    layer = find_triplets(fused, "default")[1].layer
+    x = torch.randn(2, 8, dtype=torch.float64)
+    left = layer.lora_B["default"].weight * layer.lora_lambda["default"]
+    expected = layer.base_layer(x) + 5 / 3 * 1.5 * x @ layer.lora_A["default"].weight.T @ left.T
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(find_triplets(plain, "default")[1].layer(x), expected)
+    assert len(fused_calls) == 1
+
+
+def test_a_lambda_of_its_own_in_autocast_and_half_precision(fused_calls):
+    around = lambda: torch.autocast("cpu", dtype=torch.bfloat16)  # noqa: E731
+    assert_same(*svd_pair(dtype=torch.float32), dtype=torch.float32, around=around, rtol=2e-2, atol=4e-3)
+    assert_same(*svd_pair(dtype=torch.bfloat16), dtype=torch.bfloat16, rtol=3e-2, atol=1e-2)
+    assert len(fused_calls) == 18
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_lambda_of_its_own_with_gradient_checkpointing(fused_calls, reentrant):
+    assert_same(*svd_pair(net=Net(checkpointing=reentrant), lora_dropout=0.3), input_grad=True)
+    assert len(fused_calls) > 9
+
+
+def test_a_lambda_of_its_own_with_triplets_left_out(fused_calls):
+    models = svd_pair()
+    for model in models:
+        for h in find_triplets(model, "default"):
+            setattr(h.layer, DROPPED, {"default": torch.tensor([True, False, True])})
+    assert_same(*models)
+    assert len(fused_calls) == 9

@@ -55,6 +55,50 @@ def test_equals_the_sum_written_out(shape, dropout):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+def with_lambda(function, *, scale=0.7, **options):
+    """The function of x, Q, P and λ; the same zeros at every call."""
+
+    def output(x, Q, P, weights, W):
+        torch.manual_seed(1)
+        if function is fused_lora:
+            return fused_lora(x, x @ W.T, Q, P, scale=scale, lambda_r=weights, **options)
+        return written_out(x, W, Q, P * weights, scale=scale, dropout=options.get("dropout", 0.0))
+
+    return output
+
+
+@pytest.mark.parametrize("with_weight", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_lambda_has_gradients_of_first_and_second_order(with_weight, dropout):
+    x, W, Q, P = operands()
+    weights = torch.tensor([0.3, -1.2], dtype=torch.float64, requires_grad=True)
+    options = {"dropout": dropout, "weight_oi": W if with_weight else None, "in_place": with_weight}
+    actual, expected = with_lambda(fused_lora, **options), with_lambda(written_out, dropout=dropout)
+    results = []
+    for function in (actual, expected):
+        out = function(x, Q, P, weights, W)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (x, Q, P, weights))))
+    for a, b in zip(*results):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert gradcheck(lambda *inputs: actual(*inputs, W), (x, Q, P, weights))
+    assert gradgradcheck(lambda *inputs: actual(*inputs, W), (x, Q, P, weights))
+
+
+@pytest.mark.parametrize("frozen", ["x", "Q", "P", "weights"])
+def test_each_gradient_is_the_same_without_another(frozen):
+    x, W, Q, P = operands()
+    given = {"x": x, "Q": Q, "P": P, "weights": torch.tensor([0.0, 2.0], dtype=torch.float64, requires_grad=True)}
+    given[frozen].requires_grad_(False)
+    trained = [t for t in given.values() if t.requires_grad]
+    results = [
+        torch.autograd.grad(function(*given.values(), W).square().sum(), trained)
+        for function in (with_lambda(fused_lora, weight_oi=W), with_lambda(written_out))
+    ]
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_same_random_numbers_as_dropout():
     x, W, Q, P = operands(dtype=torch.float32, shape=(64, 33))
     after = []
@@ -125,13 +169,16 @@ def test_backward_inside_autocast_keeps_full_precision():
         torch.testing.assert_close(a, b)
 
 
-def test_keeps_x_the_mask_as_bytes_and_the_small_product():
+@pytest.mark.parametrize("own_lambda", [False, True])
+def test_keeps_x_the_mask_as_bytes_and_the_small_product(own_lambda):
     x, W, Q, P = operands(shape=(8, 16), d_out=32)
+    weights = torch.ones(2, dtype=torch.float64, requires_grad=True) if own_lambda else None
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         base = (x @ W.T).detach()
-        fused_lora(x, base, Q, P, scale=1.0, dropout=0.5, weight_oi=W)
-    mine = [t for t in kept if not any(t.data_ptr() == o.data_ptr() for o in (x, W, Q, P))]
+        fused_lora(x, base, Q, P, scale=1.0, lambda_r=weights, dropout=0.5, weight_oi=W)
+    given = [t for t in (x, W, Q, P, weights) if t is not None]
+    mine = [t for t in kept if not any(t.data_ptr() == o.data_ptr() for o in given)]
     assert sorted((t.dtype, tuple(t.shape)) for t in mine if t.dtype == torch.uint8) == [(torch.uint8, (8, 16))]
     assert [tuple(t.shape) for t in mine if t.dtype != torch.uint8] == [(2, 8)]
 

@@ -11,6 +11,7 @@ from adalora.config import AdaLoraConfig
 from adalora.core.orthogonality import relative_error, squared_gradient
 from adalora.lora.masking import zero_pruned
 from adalora.lora.orthogonal import decoupled_step, orthogonality_error
+from adalora.lora.regularization import coupled_gradients, decoupled_svd_step
 from adalora.lora.scoring import Scorer
 from adalora.lora.triplets import find_triplets
 
@@ -79,6 +80,42 @@ def test_decoupled_step_is_that_of_every_module_alone(ranks):
     for h, (P, Q) in zip(handles, expected):
         torch.testing.assert_close(h.P_or, P, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(h.Q_ri, Q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [{}, {"up.0": 1, "up.1": 3, "down.1": 6}])
+@pytest.mark.parametrize("kind", ["squared", "released", "decoupled"])
+def test_terms_of_layers_with_a_lambda_are_those_of_every_module_alone(kind, ranks):
+    handles = find_triplets(lora(3, ranks=ranks), "default")
+    expected = {}
+    for h in handles:
+        for parameter, vectors, left in ((h.P_parameter, h.P_or.T, True), (h.Q_parameter, h.Q_ri, False)):
+            V = vectors.clone().requires_grad_()
+            gap = V @ V.T - torch.eye(len(V))
+            term = gap.norm() / (2 * len(handles)) if kind == "released" else gap.square().sum()
+            slope = torch.autograd.grad(0.3 * term, V)[0]
+            slope = slope.T if left != h.is_embedding else slope
+            expected[parameter] = parameter.detach() - 0.2 * slope if kind == "decoupled" else slope
+    if kind == "decoupled":
+        decoupled_svd_step(handles, weight=0.3, learning_rate=0.2)
+        found = {parameter: parameter.detach() for parameter in expected}
+    else:
+        found = dict(coupled_gradients(handles, kind=kind, weight=0.3))
+    assert found.keys() == expected.keys()
+    for parameter, value in expected.items():
+        torch.testing.assert_close(found[parameter], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["squared", "released", "decoupled"])
+def test_terms_of_layers_with_a_lambda_do_not_grow_with_modules(kind):
+    counts = []
+    for blocks in (2, 6):
+        handles = find_triplets(lora(blocks, targets=r".*(up|down)\.\d+"), "default")
+        action = decoupled_svd_step if kind == "decoupled" else coupled_gradients
+        options = {"learning_rate": 0.1} if kind == "decoupled" else {"kind": kind}
+        counted = count(lambda handles=handles, action=action, options=options: action(handles, weight=0.1, **options))
+        copies = counted.operations["clone"]  # what a parameter's gradient gets is its own
+        counts.append(counted.total - copies)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("ranks", [{}, {"up.0": 1, "up.1": 3}])

@@ -45,35 +45,55 @@ class TripletVariant(LoraVariant):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Base output plus the adapter's part, same shape as `result`."""
-        A, B = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        dropout, scale = module.lora_dropout[active_adapter], module.scaling[active_adapter]
-        live = getattr(module, DROPPED, {}).get(active_adapter) if module.training else None
-        Q_ri, P_or = A.weight, B.weight
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if autocast and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
-            narrow = x.to(dtype), Q_ri.to(dtype), P_or.to(dtype)
-        else:
-            narrow = x, Q_ri, P_or
-        if not _fusable(A, B, dropout, narrow, result):
-            h = A(dropout(x)) * scale
-            return cast(Tensor, result + B(h if live is None else h * live))
-        base = module.base_layer if _is_first(module, active_adapter) and _is_plain(module.base_layer) else None
-        return fused_lora(
-            narrow[0],
-            result,
-            narrow[1],
-            narrow[2] if live is None else narrow[2] * live,
-            scale=scale,
-            dropout=getattr(dropout, "p", 0.0) if dropout.training else 0.0,
-            weight_oi=None if base is None or autocast else _frozen_weight(base, x),
-            in_place=base is not None,
-        )
+        return linear_forward(module, active_adapter, x, result, scale=module.scaling[active_adapter])
 
 
-def _fusable(A: Any, B: Any, dropout: Any, operands: tuple[Tensor, ...], result: Tensor) -> bool:
+def linear_forward(
+    module: Any, adapter: str, x: Tensor, result: Tensor, *, scale: float, weights: Tensor | None = None
+) -> Tensor:
+    """Result + s·(dropout(x) Qᵀ ∘ λ) Pᵀ of a Linear layer, fused where that is certain to be the same.
+
+    Args:
+        module: PEFT's LoRA layer.
+        adapter: Adapter name.
+        x: Input, [..., d_in].
+        result: The layer's output so far, [..., d_out].
+        scale: s.
+        weights: λ, [r], where it is a parameter of its own.
+    """
+    A, B, dropout = module.lora_A[adapter], module.lora_B[adapter], module.lora_dropout[adapter]
+    live = getattr(module, DROPPED, {}).get(adapter) if module.training else None
+    autocast = torch.is_autocast_enabled(x.device.type)
+    operands = [x, A.weight, B.weight] if weights is None else [x, A.weight, B.weight, weights]
+    if autocast and x.dtype != torch.float64:
+        operands = [t.to(torch.get_autocast_dtype(x.device.type)) for t in operands]
+    if not _fusable(A, B, dropout, operands, result):
+        h = A(dropout(x))
+        h = h * scale if weights is None else h * (weights * scale)
+        return cast(Tensor, result + B(h if live is None else h * live))
+    rows, Q_ri, P_or = operands[:3]
+    lambda_r = operands[3] if weights is not None else None
+    if live is not None and lambda_r is not None:
+        lambda_r = lambda_r * live
+    elif live is not None:
+        P_or = P_or * live
+    base = module.base_layer if _is_first(module, adapter) and _is_plain(module.base_layer) else None
+    return fused_lora(
+        rows,
+        result,
+        Q_ri,
+        P_or,
+        scale=scale,
+        lambda_r=lambda_r,
+        dropout=getattr(dropout, "p", 0.0) if dropout.training else 0.0,
+        weight_oi=None if base is None or autocast else _frozen_weight(base, x),
+        in_place=base is not None,
+    )
+
+
+def _fusable(A: Any, B: Any, dropout: Any, operands: list[Tensor], result: Tensor) -> bool:
     """Whether `fused_lora` computes what the modules would, whoever else has a hand in them."""
-    x, Q_ri, P_or = operands
+    x = operands[0]
     return (
         not torch.compiler.is_compiling()  # the compiler fuses by itself
         and torch._C._get_tracing_state() is None
@@ -82,7 +102,7 @@ def _fusable(A: Any, B: Any, dropout: Any, operands: tuple[Tensor, ...], result:
         and _is_plain(A)
         and _is_plain(B)
         and (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p < 1))
-        and x.dtype == Q_ri.dtype == P_or.dtype
+        and all(t.dtype == x.dtype and type(t) in (nn.Parameter, Tensor) for t in operands[1:])
         and (result.dtype == x.dtype or torch.promote_types(result.dtype, x.dtype) == x.dtype)
         and type(x) is type(result) is Tensor
     )

@@ -1,6 +1,7 @@
 """LoRA's part of a Linear layer as one autograd function: fewest products, fewest tensors kept.
 
-Shape suffixes: n rows of the flattened input, i = d_in, o = d_out, r triplets. Activations of size r are kept as
+With a λ of its own it is folded into the activation of size r. Shape suffixes: n rows of the flattened input, i = d_in,
+o = d_out, r triplets. Activations of size r are kept as
 [r, n]: thin products run several times faster on a CPU when the thin side comes first.
 """
 
@@ -22,11 +23,12 @@ def fused_lora(
     P_or: Tensor,
     *,
     scale: float,
+    lambda_r: Tensor | None = None,
     dropout: float = 0.0,
     weight_oi: Tensor | None = None,
     in_place: bool = False,
 ) -> Tensor:
-    """Base + scale · dropout(x) Qᵀ Pᵀ, keeping only x, the dropout's mask as bytes and the product of size r.
+    """Base + scale · dropout(x) Qᵀ diag(λ) Pᵀ, keeping only x, the dropout's mask as bytes and the product of size r.
 
     Gradients of any order. x, Q and P have one type; the caller sees to autocast.
 
@@ -36,6 +38,7 @@ def fused_lora(
         Q_ri: `lora_A`'s weight, [r, d_in].
         P_or: `lora_B`'s weight, [d_out, r].
         scale: s.
+        lambda_r: λ, [r], of the type of Q and P; None for 1.
         dropout: Probability of a zero, 0 <= dropout < 1. A seed gives the same zeros as `torch.nn.Dropout`.
         weight_oi: The base weight W, [d_out, d_in], where `base` is x Wᵀ + bias and nothing in it is trained: the
             gradient of x is then made in one sum, and autograd leaves the base layer out.
@@ -47,7 +50,7 @@ def fused_lora(
     if weight_oi is not None:
         base = base.detach()
     function = cast(Any, _FusedLora)
-    return cast(Tensor, function.apply(x, base, Q_ri, P_or, weight_oi, scale, dropout, in_place))
+    return cast(Tensor, function.apply(x, base, Q_ri, P_or, lambda_r, weight_oi, scale, dropout, in_place))
 
 
 class _Dropped(NamedTuple):
@@ -79,6 +82,7 @@ class _FusedLora(torch.autograd.Function):
         base: Tensor,
         Q_ri: Tensor,
         P_or: Tensor,
+        lambda_r: Tensor | None,
         weight_oi: Tensor | None,
         scale: float,
         dropout: float,
@@ -86,7 +90,9 @@ class _FusedLora(torch.autograd.Function):
     ) -> Tensor:
         dropped = _drop(x.reshape(-1, x.shape[-1]), dropout)
         h_rn = Q_ri.mm(dropped.rows_ni.t())
-        ctx.save_for_backward(x, dropped.mask_ni, h_rn, Q_ri, P_or, weight_oi)
+        ctx.save_for_backward(x, dropped.mask_ni, h_rn, Q_ri, P_or, lambda_r, weight_oi)
+        if lambda_r is not None:
+            h_rn = h_rn * lambda_r.unsqueeze(1)
         ctx.scale, ctx.mask_scale, ctx.base_dtype = scale * dropped.forward_scale, dropped.backward_scale, base.dtype
         if base.dtype != x.dtype:
             base, in_place = base.to(x.dtype), True
@@ -114,15 +120,20 @@ def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> Gradients:
-    """Of x, base, Q and P. Factors ride on the products as `alpha`; with beta=0 `addmm` never reads its first input."""
-    x, mask, h_rn, Q_ri, P_or, weight_oi = ctx.saved_tensors
-    for_x, for_base, for_Q, for_P = ctx.needs_input_grad[:4]
+    """Of x, base, Q, P and λ. Factors ride on products as `alpha`; with beta=0 `addmm` never reads its first input."""
+    x, mask, h_rn, Q_ri, P_or, lambda_r, weight_oi = ctx.saved_tensors
+    for_x, for_base, for_Q, for_P, for_lambda = ctx.needs_input_grad[:5]
     grad_no = grad.reshape(-1, grad.shape[-1])
-    grad_x = grad_Q = grad_P = None
-    if for_P:
+    grad_x = grad_Q = grad_P = grad_lambda = None
+    if for_P or for_lambda:
         grad_P = torch.addmm(P_or.t(), h_rn, grad_no, beta=0, alpha=ctx.scale).t()
+    if lambda_r is not None and grad_P is not None:
+        grad_lambda = (grad_P * P_or).sum(dim=0) if for_lambda else None
+        grad_P = grad_P.mul_(lambda_r) if for_P else None
     if for_Q or for_x:
         grad_rn = torch.addmm(h_rn, P_or.t(), grad_no.t(), beta=0, alpha=ctx.scale * ctx.mask_scale)
+        if lambda_r is not None:
+            grad_rn.mul_(lambda_r.unsqueeze(1))
     if for_Q:
         rows_ni = x.reshape(-1, x.shape[-1])
         grad_Q = grad_rn.mm(rows_ni if mask is None else rows_ni * mask)
@@ -135,21 +146,25 @@ def _gradients(ctx: Any, grad: Tensor) -> Gradients:
         else:
             grad_x = grad_no.mm(weight_oi).addcmul_(grad_rn.t().mm(Q_ri), mask)
         grad_x = grad_x.view(x.shape)
-    return grad_x, grad.to(ctx.base_dtype) if for_base else None, grad_Q, grad_P, None, None, None, None
+    grad_base = grad.to(ctx.base_dtype) if for_base else None
+    return grad_x, grad_base, grad_Q, grad_P, grad_lambda, None, None, None, None
 
 
 def _gradients_in_graph(ctx: Any, grad: Tensor) -> Gradients:
     """The same for `create_graph=True`: in differentiable operations, from the inputs alone."""
-    x, mask_ni, _, Q_ri, P_or, weight_oi = ctx.saved_tensors
+    x, mask_ni, _, Q_ri, P_or, lambda_r, weight_oi = ctx.saved_tensors
     grad_no = grad.reshape(-1, grad.shape[-1])
     rows_ni = x.reshape(-1, x.shape[-1])
     mask = None if mask_ni is None else mask_ni.to(x.dtype) * ctx.mask_scale
     rows_ni = rows_ni if mask is None else rows_ni * mask
-    grad_P = ctx.scale * (Q_ri.mm(rows_ni.t()).mm(grad_no)).t()
-    grad_rn = ctx.scale * P_or.t().mm(grad_no.t())
+    grad_left = ctx.scale * (Q_ri.mm(rows_ni.t()).mm(grad_no)).t()  # of P·diag(λ)
+    left_or = P_or if lambda_r is None else P_or * lambda_r
+    grad_P = grad_left if lambda_r is None else grad_left * lambda_r
+    grad_lambda = (grad_left * P_or).sum(dim=0)
+    grad_rn = ctx.scale * left_or.t().mm(grad_no.t())
     grad_x = grad_rn.t().mm(Q_ri)
     grad_x = grad_x if mask is None else grad_x * mask
     if weight_oi is not None:
         grad_x = grad_x + grad_no.mm(weight_oi)
-    wanted = (grad_x.view(x.shape), grad.to(ctx.base_dtype), grad_rn.mm(rows_ni), grad_P)
+    wanted = (grad_x.view(x.shape), grad.to(ctx.base_dtype), grad_rn.mm(rows_ni), grad_P, grad_lambda)
     return (*(g if needed else None for g, needed in zip(wanted, ctx.needs_input_grad)), None, None, None, None)

@@ -7,7 +7,9 @@ accumulation. It comes after gradient clipping, and the loss that is logged stay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +32,33 @@ def coupled_gradients(
     live = [h for h in handles if h.rank > 0]
     share = weight / (2 * len(live)) if kind == "released" else weight
     found = []
-    for h in live:
-        for parameter, vectors, left in ((h.P_parameter, h.P_or.T, True), (h.Q_parameter, h.Q_ri, False)):
-            V = vectors.to(torch.promote_types(vectors.dtype, torch.float32)).unsqueeze(0)
-            gradient = squared_gradient(V, squared_norm=1.0) if kind == "squared" else released_gradient(V)
-            shaped = gradient[0].T if left != h.is_embedding else gradient[0]
-            found.append((parameter, (share * shaped).reshape(parameter.shape).to(parameter.dtype).contiguous()))
+    for parameters, V_krd, rows_last in _by_shape(live):
+        gradients = squared_gradient(V_krd, squared_norm=1.0) if kind == "squared" else released_gradient(V_krd)
+        for parameter, gradient in zip(parameters, gradients.mul_(share).unbind()):
+            shaped = gradient.T if rows_last else gradient
+            found.append((parameter, shaped.reshape(parameter.shape).to(parameter.dtype).contiguous()))
     return found
+
+
+def _by_shape(handles: Sequence[TripletHandle]) -> Iterator[tuple[list[nn.Parameter], Tensor, bool]]:
+    """P's columns and Q's rows of all layers, stacked by shape, in fp32 at least.
+
+    Yields:
+        Parameters, their vectors [k, r, d], and whether these are the parameters' columns.
+    """
+    groups: dict[tuple[Any, ...], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+    for h in handles:
+        for parameter, vectors, left in ((h.P_parameter, h.P_or.T, True), (h.Q_parameter, h.Q_ri, False)):
+            groups[left != h.is_embedding, vectors.shape, vectors.device, vectors.dtype].append((parameter, vectors))
+    for (rows_last, _, _, dtype), members in groups.items():
+        stack = torch.stack([vectors for _, vectors in members]).to(torch.promote_types(dtype, torch.float32))
+        yield [parameter for parameter, _ in members], stack, rows_last
 
 
 @torch.no_grad()
 def decoupled_svd_step(handles: Sequence[TripletHandle], *, weight: float, learning_rate: float) -> None:
     """Move P's columns and Q's rows towards length 1 and right angles by lr·γ·∇R, apart from the loss."""
-    for h in handles:
-        for vectors in (h.P_or.T, h.Q_ri):
-            step = squared_gradient(vectors.float().unsqueeze(0), squared_norm=1.0)[0]
-            vectors.sub_((weight * learning_rate * step).to(vectors.dtype))
+    for parameters, V_krd, rows_last in _by_shape([h for h in handles if h.rank > 0]):
+        steps = squared_gradient(V_krd.float(), squared_norm=1.0).mul_(weight * learning_rate)
+        vectors = [p.detach().flatten(1).T if rows_last else p.detach().flatten(1) for p in parameters]
+        torch._foreach_sub_(vectors, list(steps.to(vectors[0].dtype).unbind()))

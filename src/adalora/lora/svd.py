@@ -11,9 +11,8 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
-from torch.nn import functional
 
-from adalora.lora.forward import DROPPED, TripletVariant
+from adalora.lora.forward import TripletVariant, linear_forward
 from adalora.lora.triplets import TripletHandle
 
 
@@ -23,11 +22,9 @@ class SvdLinear(TripletVariant):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Base output plus the adapter's part, same shape as `result`."""
-        h = functional.linear(module.lora_dropout[active_adapter](x), module.lora_A[active_adapter].weight)
-        if module.training and (live := getattr(module, DROPPED, {}).get(active_adapter)) is not None:
-            h = h * live
-        part = functional.linear(h * _weights(module, active_adapter), module.lora_B[active_adapter].weight)
-        return result + part
+        scale = module.scaling[active_adapter] * module.lora_gain[active_adapter]
+        weights = module.lora_lambda[active_adapter]
+        return linear_forward(module, active_adapter, x, result, scale=scale, weights=weights)
 
 
 class SvdConv(TripletVariant):
