@@ -37,6 +37,7 @@ def counts() -> dict[str, Any]:
     tiny = replace(MINILM, **SMALL)
     found: dict[str, Any] = {"MiniLM": {method: operations(method, tiny) for method in METHODS}}
     found["MiniLM, dropout 0.1"] = {method: operations(method, tiny, dropout=0.1) for method in ("lora", "ours")}
+    found["MiniLM, svd"] = {"ours": operations("ours", tiny, parametrization="svd")}
     for shape in (replace(BERT_BASE, hidden=96, intermediate=192, **SMALL), LLAMA_1B_NARROW):
         found[shape.name] = {method: operations(method, shape) for method in METHODS}
     narrow = replace(tiny, hidden=24, intermediate=48)
@@ -75,6 +76,28 @@ def whole_run() -> dict[str, Any]:
     return ratios(interleaved(runs, steps=60, limit_s=200))
 
 
+def bert_base() -> dict[str, Any]:
+    """The same for the shape of BERT-base, 256 tokens: step times of a run of 25 steps, and of each phase inside it."""
+    options = {"steps": 25, "allocation_interval": 2}
+    shape = replace(BERT_BASE, batch=4)
+    runs = {method: training(method, shape, **(options if method != "lora" else {})) for method in METHODS}
+    schedule = runs["ours"].controller.schedule
+    seconds = interleaved(runs, steps=25, limit_s=240)
+    ends = {"warmup": (1, schedule.warmup_steps), "decrease": (schedule.warmup_steps, schedule.decrease_end)}
+    ends["final"] = (schedule.decrease_end + 1, len(seconds["lora"]))
+    inside = {
+        phase: ratios({name: own[start:end] for name, own in seconds.items()}, skip=0)["ours"]
+        for phase, (start, end) in ends.items()
+        if end - start > 1
+    }
+    return {"run": ratios(seconds, skip=1), "phases": inside, "median_step_s": statistics.median(seconds["lora"])}
+
+
+def parametrizations() -> dict[str, Any]:
+    """Step time relative to LoRA's while the budget shrinks, with P carrying λ and with a λ of its own."""
+    return {kind: _decrease_ratio(MINILM, parametrization=kind) for kind in ("lora", "svd")}
+
+
 def modules() -> dict[str, Any]:
     """The controller's share of a step of 2048 tokens against the number of modules, while the budget shrinks."""
     found = {}
@@ -103,8 +126,8 @@ def tokens() -> dict[str, Any]:
     return {str(64 * batch): _decrease_ratio(replace(MINILM, batch=batch)) for batch in (1, 4, 16)}
 
 
-def _decrease_ratio(shape: Any, *, rank: int = 8) -> dict[str, float]:
-    ours = training("ours", shape, rank=rank, steps=1000, warmup=1)
+def _decrease_ratio(shape: Any, *, rank: int = 8, **options: Any) -> dict[str, float]:
+    ours = training("ours", shape, rank=rank, steps=1000, warmup=1, **options)
     ours.skip_to("decrease")
     runs = {"lora": training("lora", shape, rank=rank), "ours": ours}
     return ratios(interleaved(runs, steps=20, limit_s=30))["ours"]
@@ -115,6 +138,8 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "memory": memory,
     "phases": phases,
     "whole_run": whole_run,
+    "bert_base": bert_base,
+    "parametrizations": parametrizations,
     "modules": modules,
     "ranks": ranks,
     "tokens": tokens,
