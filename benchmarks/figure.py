@@ -41,10 +41,12 @@ def _times(axis: Axes, results: dict[str, Any]) -> None:
     entries = {phase: results["phases"][phase]["ours"] for phase in ("warmup", "decrease", "final")}
     entries |= {
         "whole\nrun": results["whole_run"]["ours"],
+        "BERT-base\nrun": results["bert_base"]["run"]["ours"],
         "PEFT\nAdaLoRA": results["whole_run"]["peft_adalora"],
     }
     _errorbars(axis, entries)
-    axis.set_title("Step time ÷ PEFT LoRA's, quartiles")
+    axis.set_title("Step time ÷ PEFT LoRA's, quartiles", fontsize="medium")
+    axis.tick_params(axis="x", labelsize="small")
 
 
 def _errorbars(axis: Axes, entries: dict[str, dict[str, float]]) -> None:

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 import typer
 from benchmarks.measuring import quartiles
+from benchmarks.models import MINILM, training
 from benchmarks.overhead import RESULTS, _leaves, _machine, _print
 from torch import Tensor
 from torch.nn import functional
 
 from adalora.lora.fused import fused_lora
+from adalora.lora.orthogonal import hand_over
 
 ROWS, WIDTH, RANK, SCALE = 1024, 384, 8, 2.0
 
@@ -83,6 +85,36 @@ def products() -> dict[str, Any]:
     }
 
 
+def dropout_mask() -> dict[str, Any]:
+    """What follows the drawing of a mask, forward and backward: as floats kept in a byte each, and as bytes."""
+    x, out, grown = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
+    noise = torch.empty(ROWS, WIDTH).bernoulli_(0.9)
+    mask = noise.to(torch.uint8)
+
+    def floats() -> None:
+        kept = (x * noise, noise.to(torch.bool))[1]
+        again = kept.view(torch.uint8).to(torch.float32)
+        x * again
+        out.addcmul_(grown, again, value=1e-9)
+
+    def in_bytes() -> None:
+        x * mask
+        x * mask
+        out.addcmul_(grown, mask, value=1e-9)
+
+    return _timed({"floats": floats, "bytes": in_bytes})
+
+
+def handover() -> dict[str, Any]:
+    """The 36 modules of MiniLM's shape at the end of warm-up: one after the other, and a shape at a time."""
+    run = training("ours", MINILM, steps=1000)
+    for h in run.controller.handles:
+        h.P_or.normal_(std=0.01)
+    alone = lambda: [hand_over([h], run.optimizer) for h in run.controller.handles]  # noqa: E731
+    together = lambda: hand_over(run.controller.handles, run.optimizer)  # noqa: E731
+    return _timed({"one by one": alone, "together": together}, turns=20)
+
+
 def shared_input() -> dict[str, Any]:
     """Three adapters that read one input: their products of size r one by one, and as one of three times the size."""
     x, out = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
@@ -112,6 +144,8 @@ def main() -> None:
         "layer, dropout 0.1": forward_and_backward(0.1),
         "products": products(),
         "shared input": shared_input(),
+        "dropout mask": dropout_mask(),
+        "hand-over": handover(),
     }
     for name, result in results.items():
         _print(name, {" / ".join(keys[:-1]): value for keys, value in _leaves(result) if keys[-1] == "median"})
