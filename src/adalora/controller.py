@@ -234,6 +234,8 @@ class RankController(Resumable, HistoryPlots):
             scores = torch.where(live_before, scores, -torch.inf)
         ranks = [h.rank for h in self.handles]
         keep = self._budget.deal(scores, ranks, amount=budget)
+        if not self.config.revival:
+            keep &= live_before  # a schedule of the user's own may rise
         for h, mask in zip(self.handles, torch.split(keep, ranks)):
             h.mask = mask
         if self._pruned is not None:
