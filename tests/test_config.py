@@ -159,6 +159,8 @@ REFUSED = [
             ("min_rank", 1),
             ("max_rank", 9),
             ("allocation_interval", 5),
+            ("warmup", 0.1),
+            ("final", 100),
             ("revival", False),
             ("budget_scope", "layer"),
             ("group_budgets", {"query": 2}),
@@ -276,6 +278,16 @@ def test_presets_can_be_changed_and_are_checked():
 @pytest.mark.parametrize("shape", ["cubic", "linear", "step", "constant", 2.5])
 def test_schedules(shape):
     assert AdaLoraConfig(schedule=shape).schedule == shape
+
+
+def test_a_constant_schedule_is_one_phase():
+    config = AdaLoraConfig(schedule="constant")
+    assert (config.warmup, config.final, config.handover) == (0, 0, False)
+    assert AdaLoraConfig(**config.to_dict()) == config
+    for preset in (AdaLoraConfig.paper, AdaLoraConfig.released):
+        assert preset(schedule="constant").orthogonality == preset().orthogonality
+        with pytest.raises(ConfigError, match="compact has no effect"):
+            preset(schedule="constant", compact=True)
 
 
 def test_a_weight_of_zero_goes_with_orthogonality_off():

@@ -40,6 +40,25 @@ DEFAULT_TARGET_RANK = 8
 EXAMPLES = {"target_rank": "8", "total_rank": "96", "total_parameters": '"0.3M"', "adapter_bytes": '"1.2MB"'}
 SWITCHES = ("handover", "revival", "compact", "reorthonormalize", "released_schedule", "nested")
 GRADIENT_SCORES = ("sensitivity_uncertainty", "ratio", "sensitivity", "lambda_sensitivity")
+OF_GRADIENT_SCORES = ("sensitivity_beta", "uncertainty_beta", "score_gradient", "score_weights")
+OF_ALLOCATION = (  # and of the phases around it: nothing to do where no rank ever changes
+    "importance",
+    "min_rank",
+    "max_rank",
+    "allocation_interval",
+    "revival",
+    "budget_scope",
+    "warmup",
+    "final",
+    "group_budgets",
+    "budget_cost",
+    "released_schedule",
+    "reorthonormalize",
+    "handover",
+    "nested",
+    "compact",
+    "compact_at",
+)
 AMOUNT = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<prefix>[kKMG]?)(?P<binary>i?)(?P<bytes>B?)")
 
 
@@ -70,8 +89,8 @@ class AdaLoraConfig(BaseModel):
         final: Span at the target budget (t_f).
         allocation_interval: Span between two allocations while the budget shrinks (ΔT).
         schedule: Shape of the decrease (Eq. 14 is `"cubic"`), or an exponent; `"step"` drops at the middle of
-            the decrease; `"constant"` never allocates (SVD-LoRA). Or a name that a package has registered
-            (`adalora.plugins`).
+            the decrease; `"constant"` never allocates (SVD-LoRA) and has no phases. Or a name that a package has
+            registered (`adalora.plugins`).
         released_schedule: Allocate at steps that ΔT divides, counted from the start of the run, and round b(t) in
             floating point, as the released code does: one triplet less where Eq. 14 is a whole number.
         importance: The triplet score (Eq. 9-13 is `"sensitivity_uncertainty"`). `"magnitude"` is |λ|·‖P‖·‖Q‖.
@@ -254,6 +273,10 @@ class AdaLoraConfig(BaseModel):
                 object.__setattr__(self, "handover", False)
             if "scale" not in given:
                 object.__setattr__(self, "scale", "target")
+        if self.schedule == "constant":  # one phase: nothing ends a warm-up, nothing begins a final phase
+            for name, value in (("warmup", 0), ("final", 0), ("handover", False)):
+                if name not in given:
+                    object.__setattr__(self, name, value)
         if self.total_parameters is not None or self.adapter_bytes is not None:
             if "budget_cost" in given and self.budget_cost == "rank":
                 raise ValueError('budget_cost="rank" contradicts a budget in parameters or bytes: leave it out')
@@ -290,22 +313,9 @@ class AdaLoraConfig(BaseModel):
         if self.orthogonality == "off" and self.orthogonality_weight:
             found.append(("orthogonality_weight", 'orthogonality="off"'))
         if self.schedule == "constant":
-            ranking = ("importance", "min_rank", "max_rank", "allocation_interval", "revival", "budget_scope")
-            more = (
-                "group_budgets",
-                "budget_cost",
-                "released_schedule",
-                "reorthonormalize",
-                "handover",
-                "nested",
-                "compact",
-                "compact_at",
-            )
-            found += [(name, constant) for name in (*ranking, *more)]
-        if not self.needs_gradients or self.schedule == "constant":
-            names = ("sensitivity_beta", "uncertainty_beta", "score_gradient", "score_weights")
-            score = f'importance="{self.importance}" (no gradient in it)'
-            found += [(name, constant if self.schedule == "constant" else score) for name in names]
+            found += [(name, constant) for name in (*OF_ALLOCATION, *OF_GRADIENT_SCORES)]
+        elif not self.needs_gradients:
+            found += [(name, f'importance="{self.importance}" (no gradient in it)') for name in OF_GRADIENT_SCORES]
         elif self.importance in ("sensitivity", "lambda_sensitivity"):
             found.append(("uncertainty_beta", f'importance="{self.importance}" (no uncertainty in it)'))
         if not self.orthogonality_weight:
@@ -353,7 +363,7 @@ class AdaLoraConfig(BaseModel):
             "score_weights": "before",
             "compact": False,
         }
-        return cls(**{**settings, **fields})
+        return cls(**_with_preset(settings, fields))
 
     @classmethod
     def released(cls, **fields: Any) -> AdaLoraConfig:
@@ -374,7 +384,7 @@ class AdaLoraConfig(BaseModel):
             "released_schedule": True,
             "compact": False,
         }
-        return cls(**{**settings, **fields})
+        return cls(**_with_preset(settings, fields))
 
     @property
     def needs_gradients(self) -> bool:
@@ -393,6 +403,12 @@ class AdaLoraConfig(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """The fields that were given, JSON-ready; `AdaLoraConfig(**config.to_dict())` equals the original."""
         return self.model_dump(mode="json", exclude_unset=True)
+
+
+def _with_preset(settings: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """A preset with the user's fields; without what it says of allocation where there is none."""
+    without = (*OF_ALLOCATION, *OF_GRADIENT_SCORES) if fields.get("schedule") == "constant" else ()
+    return {**{name: value for name, value in settings.items() if name not in without}, **fields}
 
 
 def paper_initial_rank(target_rank: float) -> int:

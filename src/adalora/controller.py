@@ -167,7 +167,8 @@ class RankController(Resumable, HistoryPlots):
     def _observes(self) -> bool:
         """Whether this step's gradients go into the scores: from the first step that counts to the last allocation."""
         phase = self.schedule.phase(self.step)
-        return phase == "decrease" or (phase == "warmup" and not self.config.handover)
+        scored = phase == "decrease" or (phase == "warmup" and not self.config.handover)
+        return scored and self.schedule.shape != "constant"  # never allocates: nobody asks for a score
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> None:
@@ -194,7 +195,7 @@ class RankController(Resumable, HistoryPlots):
     def _advance(self, optimizer: Optimizer) -> None:
         schedule, step = self.schedule, self.step
         self._observation.after(optimizer, observe=self._observes, regularise=not self._plain_lora())
-        if self.config.handover and step == schedule.warmup_steps - 1 and schedule.shape != "constant":
+        if self.config.handover and step == schedule.warmup_steps - 1:
             self.hand_over()
         if schedule.allocates(step):
             self._allocate(schedule.budget(step))

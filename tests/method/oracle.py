@@ -100,7 +100,7 @@ class Oracle:
 
     @property
     def observes(self):
-        return self.step < self.end and (self.step >= self.config.warmup or not self.config.handover)
+        return self.ends and self.step < self.end and (self.step >= self.config.warmup or not self.config.handover)
 
     @property
     def budget(self):

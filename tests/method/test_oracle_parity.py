@@ -180,7 +180,7 @@ def settings_of(mode):
     common = {"warmup": WARMUP, "final": FINAL, "allocation_interval": INTERVAL}
     constant = given.get("schedule") == "constant"
     if constant:
-        common.pop("allocation_interval")
+        common = {}
     if not any(name in given for name in (*config_module.BUDGET_FIELDS, "group_budgets")):
         common["total_rank"] = 5
     return {**common, **({} if constant else {"compact": False}), **given}
