@@ -27,6 +27,8 @@ from benchmarks.models import BERT_BASE, LLAMA_1B_NARROW, METHODS, MINILM, train
 from rich.console import Console
 from rich.table import Table
 
+from adalora.config import initial_rank
+
 RESULTS = Path(__file__).parent / "results"
 PHASES = ("warmup", "decrease", "final")
 SMALL = {"batch": 2, "length": 8}  # a count does not depend on it
@@ -75,6 +77,17 @@ def whole_run() -> dict[str, Any]:
     return ratios(interleaved(runs, steps=60, limit_s=200))
 
 
+def starts() -> dict[str, Any]:
+    """The same whole run of ours from the default initial rank, at most 4 times the target, for each target rank."""
+    found = {}
+    for rank in (2, 4, 8):
+        start = initial_rank(rank)
+        lora = training("lora", MINILM, rank=rank)
+        ours = training("ours", MINILM, rank=rank, initial=start, steps=60, allocation_interval=5)
+        found[f"{start} to {rank}"] = ratios(interleaved({"lora": lora, "ours": ours}, steps=60, limit_s=120))["ours"]
+    return found
+
+
 def modules() -> dict[str, Any]:
     """The controller's share of a step of 2048 tokens against the number of modules, while the budget shrinks."""
     found = {}
@@ -115,6 +128,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "memory": memory,
     "phases": phases,
     "whole_run": whole_run,
+    "starts": starts,
     "modules": modules,
     "ranks": ranks,
     "tokens": tokens,
