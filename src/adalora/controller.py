@@ -236,7 +236,7 @@ class RankController(Resumable, HistoryPlots):
         ranks = [h.rank for h in self.handles]
         keep = self._budget.deal(scores, ranks, amount=budget)
         if not self.config.revival:
-            keep &= live_before  # a schedule of the user's own may rise
+            keep &= live_before  # a registered schedule may rise
         for h, mask in zip(self.handles, torch.split(keep, ranks)):
             h.mask = mask
         if self._pruned is not None:

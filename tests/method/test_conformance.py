@@ -240,6 +240,27 @@ def quiet():
         yield
 
 
+def quantized(base):
+    """A LoRA model on a quantised layer: "bitsandbytes4", "bitsandbytes8" or "torchao"; skips where it is missing."""
+    torch.manual_seed(2)
+    if base == "torchao":
+        pytest.importorskip("torchao")
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        module = One(nn.Linear(64, 32), nn.Linear(32, 3))
+        quantize_(module.layer, Int8WeightOnlyConfig())
+    else:
+        bnb = pytest.importorskip("bitsandbytes")
+        if base == "bitsandbytes4":
+            layer = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32)
+        else:
+            layer = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+        module = One(layer, nn.Linear(32, 3))
+        module.is_loaded_in_8bit, module.is_loaded_in_4bit = base == "bitsandbytes8", base == "bitsandbytes4"
+        module.to("cpu")
+    return get_peft_model(module, LoraConfig(r=RANK, lora_alpha=8, target_modules=["layer"]))
+
+
 @pytest.mark.parametrize("parametrization", ["lora", "svd"])
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("bits", [4, 8])
@@ -248,16 +269,7 @@ def test_bitsandbytes_bases(bits, score, parametrization):
     if score not in scores_for(parametrization):
         pytest.skip("this score needs a λ of its own")
     with quiet():
-        bnb = pytest.importorskip("bitsandbytes")
-        torch.manual_seed(2)
-        if bits == 4:
-            layer = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32)
-        else:
-            layer = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
-        base = One(layer, nn.Linear(32, 3))
-        base.is_loaded_in_8bit, base.is_loaded_in_4bit = bits == 8, bits == 4
-        base.to("cpu")
-        model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=8, target_modules=["layer"]))
+        model = quantized(f"bitsandbytes{bits}")
         assert type(model.base_model.model.layer).__name__ in ("Linear4bit", "Linear8bitLt")
         settings = {"parametrization": parametrization, "importance": score}
         controller = adalora.attach(model, total_rank=2, total_steps=STEPS, **settings)
@@ -277,16 +289,34 @@ def test_torchao_bases(score, parametrization):
     if score not in scores_for(parametrization):
         pytest.skip("this score needs a λ of its own")
     with quiet():
-        pytest.importorskip("torchao")
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-        torch.manual_seed(2)
-        base = One(nn.Linear(64, 32), nn.Linear(32, 3))
-        quantize_(base.layer, Int8WeightOnlyConfig())
-        model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=8, target_modules=["layer"]))
+        model = quantized("torchao")
         assert "Torchao" in type(model.base_model.model.layer).__name__
         settings = {"parametrization": parametrization, "importance": score}
         controller = adalora.attach(model, total_rank=2, total_steps=STEPS, **settings)
         train(model, model, Kind(None, (64,), 32), torch.float32)
         assert controller.live == 2
         assert controller.history.last("allocation")["update_ratio"] is None
+
+
+@pytest.mark.parametrize("parametrization", ["lora", "svd"])
+@pytest.mark.parametrize("base", ["bitsandbytes4", "bitsandbytes8", "torchao"])
+def test_quantized_bases_compiled(base, parametrization):
+    """Masks change at every allocation, nothing is compiled again, and the numbers are the eager ones."""
+    torch._dynamo.reset()
+    kind = Kind(None, (64,), 32)
+    with quiet():
+        models = [quantized(base) for _ in range(2)]
+        settings = {"parametrization": parametrization, "compact": False, **SHORT}
+        controllers = [adalora.attach(m, total_rank=2, total_steps=8, **settings) for m in models]
+        train(models[0], models[0], kind, torch.float32, steps=8)
+        # The packages' own operations may break the graph: that is theirs, and no reason to compile again.
+        compiled = torch.compile(models[1], backend="aot_eager")
+        x, _ = data(kind, 0, torch.float32)
+        models[1](x)  # bitsandbytes arranges an 8-bit weight at its first use
+        compiled(x).sum().backward()
+        models[1].zero_grad()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            train(models[1], compiled, kind, torch.float32, steps=8)
+        assert controllers[0].handles[0].mask.tolist() == controllers[1].handles[0].mask.tolist()
+        assert controllers[1].live == 2
+        torch.testing.assert_close(compiled(x), models[0](x), atol=1e-4, rtol=1e-4)

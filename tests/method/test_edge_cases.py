@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from toys import Blocks, adamw, batch, lora, train
 
 import adalora
+from adalora import plugins
 from adalora.errors import AdaLoraWarning, AttachError, ConfigError
 from adalora.lora.triplets import find_triplets
 
@@ -571,3 +572,22 @@ def test_revivals_are_counted_and_can_be_forbidden(revival):
     revived = sum(record["revived"] for record in controller.history.of("allocation"))
     assert (revived > 0) == revival
     assert controller.live == 14
+
+
+@pytest.mark.parametrize("cost", ["rank", "parameters"])
+def test_a_rising_schedule_revives_nothing_where_that_is_forbidden(cost, monkeypatch):
+    """A registered schedule may give back what it took; without revival the budget stays unspent."""
+    monkeypatch.setattr(plugins, "names", lambda group: ["dip"] if group == "schedules" else [])
+    monkeypatch.setattr(plugins, "load", lambda group, name: lambda done: 0.9 if done > 0.6 else 0.2)
+    lives = {}
+    for revival in (True, False):
+        model = lora()
+        controller = adalora.attach(
+            model, target_rank=2, total_steps=60, schedule="dip", revival=revival, budget_cost=cost, compact=False
+        )
+        train(model, adamw(model), 60)
+        records = controller.history.of("allocation")
+        lives[revival] = [record["live"] for record in records]
+        assert any(record["revived"] for record in records) == revival
+    assert max(lives[True][-3:-1]) > max(lives[True][:3])
+    assert lives[False] == sorted(lives[False], reverse=True)
