@@ -23,7 +23,7 @@ import torch
 import typer
 from benchmarks.figure import draw
 from benchmarks.measuring import allocation_seconds, interleaved, operations, peak_bytes, ratios
-from benchmarks.models import BERT_BASE, LLAMA_1B_NARROW, METHODS, MINILM, training
+from benchmarks.models import BERT_BASE, LLAMA_1B_NARROW, METHODS, MINILM, Shape, training
 from rich.console import Console
 from rich.table import Table
 
@@ -58,16 +58,21 @@ def memory() -> dict[str, Any]:
     }
 
 
-def phases() -> dict[str, Any]:
+def phases(shape: Shape = MINILM) -> dict[str, Any]:
     """Step time relative to LoRA's, phase by phase, allocations every 10th step."""
     found = {}
     for phase in PHASES:
-        ours = training("ours", MINILM, steps=25 if phase == "final" else 1000)
+        ours = training("ours", shape, steps=25 if phase == "final" else 1000)
         if phase == "decrease":
-            ours = training("ours", MINILM, steps=1000, warmup=1)
+            ours = training("ours", shape, steps=1000, warmup=1)
         ours.skip_to(phase)
-        found[phase] = ratios(interleaved({"lora": training("lora", MINILM), "ours": ours}, steps=30, limit_s=55))
+        found[phase] = ratios(interleaved({"lora": training("lora", shape), "ours": ours}, steps=30, limit_s=55))
     return found
+
+
+def bert_base() -> dict[str, Any]:
+    """The same phases for a model of BERT-base's shape."""
+    return phases(BERT_BASE)
 
 
 def whole_run() -> dict[str, Any]:
@@ -127,6 +132,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "counts": counts,
     "memory": memory,
     "phases": phases,
+    "bert_base": bert_base,
     "whole_run": whole_run,
     "starts": starts,
     "modules": modules,
