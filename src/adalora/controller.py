@@ -217,8 +217,7 @@ class RankController(Resumable, HistoryPlots):
     def hand_over(self) -> None:
         """Turn every P·Q into its singular vectors, exactly; the averages start anew."""
         with self._shards.whole():
-            for h in self.handles:
-                hand_over(h, self.optimizer)
+            hand_over(self.handles, self.optimizer)
             self._replicas.share_layers(self.handles, self.optimizer)
             self._scorer.reset()
             self._record.handover(self.step)

@@ -45,6 +45,14 @@ def test_the_controller_s_operations_do_not_grow_with_modules(counted):
     assert deeper["decrease"]["allocation"] == counted["ours"]["decrease"]["allocation"]
     assert deeper["mask"]["allocation"] <= counted["ours"]["mask"]["allocation"] + 3
     assert deeper["final"]["allocation"] <= counted["ours"]["final"]["allocation"] + 5
+    assert deeper["handover"]["allocation"] == counted["ours"]["handover"]["allocation"]
+    assert deeper["compaction"]["allocation"] <= counted["ours"]["compaction"]["allocation"] + 3
+
+
+def test_the_two_dear_steps_take_no_more_than_mask_steps_may(counted):
+    lora = counted["lora"]["step"]["total"]
+    assert counted["ours"]["handover"]["total"] <= 1.3 * lora
+    assert counted["ours"]["compaction"]["total"] <= 1.3 * lora
 
 
 def test_peak_memory_of_the_final_phase_is_lora_s():

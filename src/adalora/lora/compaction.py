@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adalora.lora.optimizer_state import cut_state, drop_parameters
+from adalora.lora.optimizer_batches import cut_states, select_together
+from adalora.lora.optimizer_state import drop_parameters
 from adalora.lora.triplets import TripletHandle
 
 
@@ -24,22 +26,31 @@ def compact(handles: Sequence[TripletHandle], optimizer: Optimizer | None) -> No
     Raises:
         CompactionError: The optimizer holds state that cannot be cut; nothing has been changed then.
     """
-    pruned = [h for h in handles if not h.removed and not bool(h.mask.all())]
-    cuts = [
-        (parameter, dim, h.mask.nonzero().squeeze(1).to(parameter.device))
-        for h in pruned
-        for parameter, dim in h.factors.values()
-    ]
-    states = [cut_state(optimizer, *cut) for cut in cuts] if optimizer is not None else []
-    for number, (parameter, dim, index) in enumerate(cuts):
-        if optimizer is not None and parameter in optimizer.state:
-            optimizer.state[parameter] = states[number]
-        gradient = parameter.grad
-        replace_data_(parameter, parameter.detach().index_select(dim, index).contiguous())
-        if gradient is not None:
-            parameter.grad = gradient.index_select(dim, index).contiguous()
+    pruned = [h for h in handles if not h.removed and h.live_rank < h.rank]
+    parameters, dims, kept = _cuts(pruned)
+    states = cut_states(optimizer, parameters, dims, kept) if optimizer is not None else [None] * len(parameters)
+    data = select_together([p.detach() for p in parameters], dims, kept)
+    with_gradient = [n for n, p in enumerate(parameters) if p.grad is not None]
+    gradients = select_together(
+        [cast(Tensor, parameters[n].grad) for n in with_gradient],
+        [dims[n] for n in with_gradient],
+        [kept[n] for n in with_gradient],
+    )
+    for parameter, value, state in zip(parameters, data, states):
+        if optimizer is not None and state is not None:
+            optimizer.state[parameter] = state
+        replace_data_(parameter, value)
+    for n, gradient in zip(with_gradient, gradients):
+        parameters[n].grad = gradient
     for h in pruned:
         _settle(h, h.live_rank, optimizer)
+
+
+def _cuts(handles: Sequence[TripletHandle]) -> tuple[list[nn.Parameter], list[int], list[list[int]]]:
+    """Every parameter of some layers, its dimension that counts triplets, and which of them are live."""
+    live = {id(h): [i for i, alive in enumerate(h.mask.tolist()) if alive] for h in handles}
+    cuts = [(parameter, dim, live[id(h)]) for h in handles for parameter, dim in h.factors.values()]
+    return [p for p, _, _ in cuts], [dim for _, dim, _ in cuts], [kept for _, _, kept in cuts]
 
 
 def resize(
@@ -75,7 +86,7 @@ def resize(
 def _settle(handle: TripletHandle, rank: int, optimizer: Optimizer | None) -> None:
     """Tell the layer its new rank; take the adapter off it where nothing is left."""
     layer, name = handle.layer, handle.adapter
-    handle.mask = torch.ones(rank, dtype=torch.bool)
+    handle.mask = torch.tensor([True] * rank, dtype=torch.bool)
     if rank > 0:
         layer.r[name] = rank
         layer.lora_alpha[name] = handle.lora_scale * (rank**0.5 if layer.use_rslora.get(name) else rank)

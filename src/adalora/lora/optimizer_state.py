@@ -48,6 +48,11 @@ def _is_torchs(optimizer: Optimizer) -> bool:
     return not isinstance(getattr(optimizer, "optimizer", None), Optimizer)
 
 
+def is_scalar(value: Tensor) -> bool:
+    """Whether it is a number, such as Adam's step, that does not follow the parameter's coordinates."""
+    return value.dim() <= 1 and value.numel() <= 1
+
+
 def weight_copies(optimizer: Optimizer | None, parameter: nn.Parameter) -> list[Tensor]:
     """Further copies of the weights that the optimizer keeps and goes back to."""
     state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
@@ -136,8 +141,8 @@ def _map_state(optimizer: Optimizer, parameter: nn.Parameter, dim: int, change: 
         done.update(key for triple in BLOCKWISE for key in triple)
         _change_blockwise(optimizer, state, parameter, dim=dim, change=change)
     for key, value in state.items():
-        if key in done or not isinstance(value, Tensor) or (value.dim() <= 1 and value.numel() <= 1):
-            continue  # scalars such as Adam's step
+        if key in done or not isinstance(value, Tensor) or is_scalar(value):
+            continue
         refused = (
             f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} and type {value.dtype} for a "
             f"parameter of shape {tuple(parameter.shape)}: it cannot be cut with it. Set compact=False to keep "

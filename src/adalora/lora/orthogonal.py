@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from adalora.core.initialization import balance
 from adalora.core.orthogonality import relative_error
-from adalora.lora.optimizer_state import turn_state
+from adalora.lora.optimizer_batches import turn_states
 from adalora.lora.triplets import TripletHandle
 
 
@@ -79,23 +80,40 @@ def _subtract(factors: list[Tensor], steps: Tensor, *, size: float) -> None:
 
 
 @torch.no_grad()
-def hand_over(handle: TripletHandle, optimizer: Optimizer | None) -> None:
-    """Rewrite P·Q in its singular vectors, exactly, and carry Adam's moments to the new coordinates.
+def hand_over(handles: Sequence[TripletHandle], optimizer: Optimizer | None) -> None:
+    """Rewrite every P·Q in its singular vectors, exactly, and carry Adam's moments to the new coordinates.
 
     Gradients transform as ∂L/∂P_new = ∂L/∂P · T⁻ᵀ and ∂L/∂Q_new = Tᵀ · ∂L/∂Q, and so do first moments; second
-    moments use the squared entries, which leaves out correlations between triplets.
+    moments use the squared entries, which leaves out correlations between triplets. Layers of one shape go through
+    together.
     """
-    P_or, Q_ri = handle.P_or, handle.Q_ri
-    if handle.rank == 0 or handle.rank > Q_ri.shape[1] or not bool(P_or.any()):
+    groups: dict[tuple[Any, ...], list[TripletHandle]] = defaultdict(list)
+    for h in handles:
+        if 0 < h.rank <= h.d_in:
+            P, Q = h.P_parameter, h.Q_parameter
+            groups[h.is_embedding, P.shape, Q.shape, P.device, P.dtype, Q.dtype].append(h)
+    for group in groups.values():
+        _hand_over_alike(group, optimizer)
+
+
+def _hand_over_alike(handles: list[TripletHandle], optimizer: Optimizer | None) -> None:
+    """`hand_over` for layers of one shape, but for those that have not learned anything, or have diverged: no SVD."""
+    P_kor, Q_kri = torch.stack([h.P_or for h in handles]), torch.stack([h.Q_ri for h in handles])
+    sound = P_kor.any(dim=(1, 2)) & (P_kor.isfinite().all(dim=(1, 2)) & Q_kri.isfinite().all(dim=(1, 2)))
+    chosen = [k for k, is_sound in enumerate(sound.tolist()) if is_sound]
+    if not chosen:
         return
-    if not bool(P_or.isfinite().all() and Q_ri.isfinite().all()):
-        return  # training has diverged: there is nothing to preserve, and no SVD
-    result = balance(handle.P_or, handle.Q_ri, row_norm=handle.row_norm)
+    if len(chosen) < len(handles):
+        handles, P_kor, Q_kri = [handles[k] for k in chosen], P_kor[chosen], Q_kri[chosen]
+    row_norms = torch.tensor([h.row_norm for h in handles], dtype=torch.float64).view(-1, 1, 1)
+    wide = torch.promote_types(P_kor.dtype, torch.float32)
+    result = balance(P_kor, Q_kri, row_norm=row_norms.to(P_kor.device, wide))
     if optimizer is not None:
-        turn_state(optimizer, handle.P_parameter, handle.P_dim, gradient=result.to_Q, weight=result.to_P.T)
-        turn_state(optimizer, handle.Q_parameter, handle.Q_dim, gradient=result.to_P.T, weight=result.to_Q)
-    handle.P_or.copy_(result.P_or)
-    handle.Q_ri.copy_(result.Q_ri)
+        P, Q = [h.P_parameter for h in handles], [h.Q_parameter for h in handles]
+        turn_states(optimizer, P, handles[0].P_dim, gradient=result.to_Q, weight=result.to_P.mT)
+        turn_states(optimizer, Q, handles[0].Q_dim, gradient=result.to_P.mT, weight=result.to_Q)
+    torch._foreach_copy_([h.P_or for h in handles], list(result.P_or.unbind()))
+    torch._foreach_copy_([h.Q_ri for h in handles], list(result.Q_ri.unbind()))
 
 
 def orthogonality_error(handles: Sequence[TripletHandle]) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -27,17 +28,45 @@ def update_ratio(handles: Sequence[TripletHandle]) -> float | None:
     Returns:
         None if no layer is left.
     """
-    ratios = []
-    for h in handles:
-        weight = getattr(h.layer.get_base_layer(), "weight", None)
-        if h.rank == 0 or not _is_plain(weight):
-            continue
-        if type(weight.data) is not torch.Tensor:  # torchao's quantised tensors look like floats
-            continue
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        base = float(torch.linalg.vector_norm(weight.detach(), dtype=wide))
-        P, Q = h.left_or.float(), h.Q_ri.float()
-        squared = float(((P.T @ P) * (Q @ Q.T)).sum())  # ‖PQ‖² = tr(PᵀP·QQᵀ), without the product
-        if base > 0:
-            ratios.append(h.scale * max(squared, 0.0) ** 0.5 / base)
+    measured = [(h, weight) for h, weight in ((h, _base_weight(h)) for h in handles) if weight is not None]
+    bases = _norms([weight for _, weight in measured])
+    updates = _update_norms([h for h, _ in measured])
+    ratios = [update / base for update, base in zip(updates, bases) if base > 0]
     return float(torch.tensor(ratios).median()) if ratios else None
+
+
+def _base_weight(handle: TripletHandle) -> Tensor | None:
+    weight = getattr(handle.layer.get_base_layer(), "weight", None)
+    return weight.detach() if handle.rank > 0 and _is_plain(weight) else None
+
+
+def _norms(weights: list[Tensor]) -> list[float]:
+    """‖W‖_F of each, those of one type in one operation."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = defaultdict(list)
+    for n, weight in enumerate(weights):
+        groups[weight.device, weight.dtype].append(n)
+    found = [0.0] * len(weights)
+    for (_, dtype), numbers in groups.items():
+        wide = torch.promote_types(dtype, torch.float32)
+        norms = torch.stack(torch._foreach_norm([weights[n] for n in numbers], 2, dtype=wide)).tolist()
+        for n, norm in zip(numbers, norms):
+            found[n] = norm
+    return found
+
+
+def _update_norms(handles: list[TripletHandle]) -> list[float]:
+    """‖s·P·Λ·Q‖_F of each; layers of one shape together."""
+    groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for n, h in enumerate(handles):
+        groups[h.P_or.shape, h.Q_ri.shape, h.P_or.device, h.P_or.dtype, h.lambda_parameter is None].append(n)
+    found = [0.0] * len(handles)
+    for numbers in groups.values():
+        group = [handles[n] for n in numbers]
+        P, Q = torch.stack([h.P_or for h in group]).float(), torch.stack([h.Q_ri for h in group]).float()
+        weights = [h.lambda_parameter for h in group]
+        if weights[0] is not None:
+            P = P * torch.stack([w.detach() for w in weights if w is not None]).float().unsqueeze(1)
+        squared = ((P.mT @ P) * (Q @ Q.mT)).sum(dim=(1, 2))  # ‖PQ‖² = tr(PᵀP·QQᵀ), without the product
+        for n, h, value in zip(numbers, group, squared.tolist()):
+            found[n] = h.scale * max(value, 0.0) ** 0.5
+    return found
