@@ -41,7 +41,7 @@ def _times(axis: Axes, results: dict[str, Any]) -> None:
     entries = {phase: results["phases"][phase]["ours"] for phase in ("warmup", "decrease", "final")}
     entries |= {
         "whole\nrun": results["whole_run"]["ours"],
-        "BERT-base\nrun": results["bert_base"]["run"]["ours"],
+        "BERT-base\nrun": results["bert_base_run"]["run"]["ours"],
         "PEFT\nAdaLoRA": results["whole_run"]["peft_adalora"],
     }
     _errorbars(axis, entries)

@@ -106,21 +106,29 @@ class Training:
 
 
 def training(
-    method: str, shape: Shape, *, rank: int = 8, steps: int = 1000, dropout: float = 0.0, **options: Any
+    method: str,
+    shape: Shape,
+    *,
+    rank: int = 8,
+    initial: int | None = None,
+    steps: int = 1000,
+    dropout: float = 0.0,
+    **options: Any,
 ) -> Training:
     """A method ready to train.
 
     Args:
-        method: "lora" (PEFT's, of the target rank), "peft_adalora" or "ours" (both from 1.5 times the rank).
+        method: "lora" (PEFT's, of the target rank), "peft_adalora" or "ours" (both from `initial`).
         shape: The model.
         rank: Target rank.
+        initial: Initial rank; by default 1.5 times the target, as in the paper.
         steps: Length of the run: 12 % warm-up, 40 % decrease, 48 % final phase.
         dropout: Of the adapter.
         **options: For `adalora.attach`.
     """
     base = base_model(shape)
     targets = LLAMA_LINEARS if shape.llama else BERT_LINEARS
-    initial = rank + rank // 2
+    initial = rank + rank // 2 if initial is None else initial
     if method == "peft_adalora":
         interval = options.get("allocation_interval", max(1, steps // 100))
         config: Any = PeftAdaLoraConfig(

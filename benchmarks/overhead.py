@@ -23,9 +23,11 @@ import torch
 import typer
 from benchmarks.figure import draw
 from benchmarks.measuring import allocation_seconds, interleaved, operations, peak_bytes, ratios
-from benchmarks.models import BERT_BASE, LLAMA_1B_NARROW, METHODS, MINILM, training
+from benchmarks.models import BERT_BASE, LLAMA_1B_NARROW, METHODS, MINILM, Shape, training
 from rich.console import Console
 from rich.table import Table
+
+from adalora.config import initial_rank
 
 RESULTS = Path(__file__).parent / "results"
 PHASES = ("warmup", "decrease", "final")
@@ -57,16 +59,21 @@ def memory() -> dict[str, Any]:
     }
 
 
-def phases() -> dict[str, Any]:
+def phases(shape: Shape = MINILM) -> dict[str, Any]:
     """Step time relative to LoRA's, phase by phase, allocations every 10th step."""
     found = {}
     for phase in PHASES:
-        ours = training("ours", MINILM, steps=25 if phase == "final" else 1000)
+        ours = training("ours", shape, steps=25 if phase == "final" else 1000)
         if phase == "decrease":
-            ours = training("ours", MINILM, steps=1000, warmup=1)
+            ours = training("ours", shape, steps=1000, warmup=1)
         ours.skip_to(phase)
-        found[phase] = ratios(interleaved({"lora": training("lora", MINILM), "ours": ours}, steps=30, limit_s=55))
+        found[phase] = ratios(interleaved({"lora": training("lora", shape), "ours": ours}, steps=30, limit_s=55))
     return found
+
+
+def bert_base() -> dict[str, Any]:
+    """The same phases for a model of BERT-base's shape."""
+    return phases(BERT_BASE)
 
 
 def whole_run() -> dict[str, Any]:
@@ -76,8 +83,8 @@ def whole_run() -> dict[str, Any]:
     return ratios(interleaved(runs, steps=60, limit_s=200))
 
 
-def bert_base() -> dict[str, Any]:
-    """The same for the shape of BERT-base, 256 tokens: step times of a run of 25 steps, and of each phase inside it."""
+def bert_base_run() -> dict[str, Any]:
+    """A whole run of 25 steps of 256 tokens for a model of BERT-base's shape, and the phases inside it."""
     options = {"steps": 25, "allocation_interval": 2}
     shape = replace(BERT_BASE, batch=4)
     runs = {method: training(method, shape, **(options if method != "lora" else {})) for method in METHODS}
@@ -96,6 +103,17 @@ def bert_base() -> dict[str, Any]:
 def parametrizations() -> dict[str, Any]:
     """Step time relative to LoRA's while the budget shrinks, with P carrying λ and with a λ of its own."""
     return {kind: _decrease_ratio(MINILM, parametrization=kind) for kind in ("lora", "svd")}
+
+
+def starts() -> dict[str, Any]:
+    """The same whole run of ours from the default initial rank, at most 4 times the target, for each target rank."""
+    found = {}
+    for rank in (2, 4, 8):
+        start = initial_rank(rank)
+        lora = training("lora", MINILM, rank=rank)
+        ours = training("ours", MINILM, rank=rank, initial=start, steps=60, allocation_interval=5)
+        found[f"{start} to {rank}"] = ratios(interleaved({"lora": lora, "ours": ours}, steps=60, limit_s=120))["ours"]
+    return found
 
 
 def modules() -> dict[str, Any]:
@@ -137,8 +155,10 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "counts": counts,
     "memory": memory,
     "phases": phases,
-    "whole_run": whole_run,
     "bert_base": bert_base,
+    "whole_run": whole_run,
+    "bert_base_run": bert_base_run,
+    "starts": starts,
     "parametrizations": parametrizations,
     "modules": modules,
     "ranks": ranks,

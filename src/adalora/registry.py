@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from adalora.config import AdaLoraConfig
 from adalora.controller import RankController
 from adalora.errors import AttachError, ConfigError
+from adalora.lora.engines import refuse_deepspeed
 from adalora.lora.triplets import adapter_name
 from adalora.report.history import History
 from adalora.report.live import diagnose_live
@@ -167,9 +168,10 @@ def attach(
         The controller. Keeping it is not needed: it lives as long as the model.
 
     Raises:
-        ConfigError: A setting is wrong.
+        ConfigError: A setting is wrong, or DeepSpeed trains the model.
         AttachError: The model has no LoRA layer that fits, or is attached already.
     """
+    refuse_deepspeed(model)
     if config is not None and fields:
         raise ConfigError(f"give config or keywords, not both: config={config!r} and {', '.join(fields)}")
     config = config or AdaLoraConfig(**fields)

@@ -4,6 +4,7 @@ Elsewhere: a target rank of 0 for some modules in `test_budgets.py`, `torch.comp
 """
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -538,6 +539,26 @@ def test_modules_to_save(kind, tmp_path):
     model.save_pretrained(tmp_path)
     torch.manual_seed(1)
     torch.testing.assert_close(PeftModel.from_pretrained(Blocks(), tmp_path)(x), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("revival", [True, False])
+def test_a_rising_schedule_brings_triplets_back_only_where_they_may_revive(revival, monkeypatch):
+    """A registered curve falls, rises, and falls again."""
+    curve = lambda done: 0.2 if 0.2 < done < 0.5 else 0.8  # noqa: E731
+    monkeypatch.setattr("adalora.plugins.names", lambda group: ["wave"])
+    monkeypatch.setattr("adalora.plugins.load", lambda group, name: curve)
+    model = lora()
+    controller = adalora.attach(
+        model, target_rank=2, total_steps=60, schedule="wave", revival=revival, allocation_interval=1
+    )
+    optimizer, live = adamw(model), []
+    for step in range(60):
+        train(model, optimizer, 1, start=step)
+        live.append(controller.live)
+    rises = [after > before for before, after in itertools.pairwise(live)]
+    assert any(rises) == revival
+    assert live[-1] == controller.target_budget == 14
+    assert sum(record["revived"] for record in controller.history.of("allocation")) > 0 or not revival
 
 
 @pytest.mark.parametrize("revival", [True, False])

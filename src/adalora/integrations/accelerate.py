@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.utils import DistributedType
+
 from adalora.controller import RankController
 from adalora.lora.checkpoint import read_state, write_state
+from adalora.lora.engines import refuse_deepspeed
 
 
 def register(accelerator: Any, controller: RankController) -> None:
@@ -17,7 +20,11 @@ def register(accelerator: Any, controller: RankController) -> None:
     Args:
         accelerator: An `accelerate.Accelerator`.
         controller: From `adalora.attach`.
+
+    Raises:
+        ConfigError: The accelerator runs DeepSpeed.
     """
+    refuse_deepspeed(configured=accelerator.distributed_type == DistributedType.DEEPSPEED)
 
     def save(models: list[Any], weights: list[Any], output_dir: str) -> None:
         state = controller.state_dict()

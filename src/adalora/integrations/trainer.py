@@ -17,6 +17,7 @@ from adalora.errors import AdaLoraWarning, CheckpointError, ConfigError, Trainin
 from adalora.integrations.interrupt import Interrupt
 from adalora.integrations.loggers import LoggerBridge
 from adalora.lora.checkpoint import DESCRIPTION, latest_checkpoint, read_state, write_state
+from adalora.lora.engines import refuse_deepspeed
 from adalora.registry import attach, controllers
 from adalora.report.history import History
 from adalora.report.thresholds import DiagnosticThresholds
@@ -67,7 +68,7 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Attach to the model before the trainer makes the optimizer."""
-        _refuse_deepspeed(args)
+        refuse_deepspeed(configured=getattr(args, "deepspeed", None))
         controller = self._attach(kwargs["model"])
         if kwargs.get("optimizer") is not None:
             controller.owns(kwargs["optimizer"])
@@ -76,7 +77,7 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the number of optimizer steps from the trainer, or go on from the checkpoint that it has loaded."""
-        _refuse_deepspeed(args)
+        refuse_deepspeed(configured=getattr(args, "deepspeed", None))
         controller = self.controller or self._attach(kwargs["model"])
         self._bridge = LoggerBridge.beside(self, controller)
         self._args, self._trainer_state = args, state
@@ -203,12 +204,3 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
 
 def _output(args: TrainingArguments) -> Path:
     return Path(args.output_dir or "trainer_output")
-
-
-def _refuse_deepspeed(args: TrainingArguments) -> None:
-    if getattr(args, "deepspeed", None):
-        raise ConfigError(
-            "DeepSpeed is not supported: its engine steps inside backward on flat partitions of all parameters, so no "
-            "torch optimizer steps and gradients of single triplets do not exist. Train with DDP or FSDP2 instead; an "
-            "adapter's optimizer state is small"
-        )
