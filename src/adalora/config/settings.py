@@ -146,6 +146,17 @@ class AdaLoraConfig(BaseModel):
         except ValidationError as error:
             raise ConfigError(describe(error)) from error
 
+    @classmethod
+    def given(cls, config: AdaLoraConfig | None, fields: dict[str, Any]) -> AdaLoraConfig:
+        """The config of a call that takes one or its fields as keywords.
+
+        Raises:
+            ConfigError: Both are given, or a setting is wrong.
+        """
+        if config is not None and fields:
+            raise ConfigError(f"give config or keywords, not both: config={config!r} and {', '.join(fields)}")
+        return config or cls(**fields)
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
