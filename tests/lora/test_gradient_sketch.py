@@ -154,6 +154,25 @@ def test_ranks_go_where_the_gradient_is_strong():
             sketch.rank_pattern(wrong)
 
 
+class Fixed(Net):
+    """Its first layer runs without a gradient."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.up(x)
+        return self.down(self.drop(torch.relu(x)))
+
+
+def test_a_layer_that_runs_without_a_gradient_keeps_its_start():
+    model, untouched = model_of(base=Fixed), model_of(base=Fixed)
+    adalora.GradientSketch(model, batches(), loss=loss).initialize()
+    changed = {
+        name: not torch.equal(*(getattr(m.get_base_model(), name).lora_A["default"].weight for m in (model, untouched)))
+        for name in SHAPES
+    }
+    assert changed == {"up": False, "down": True}
+
+
 def test_equal_seeds_give_equal_starts():
     first, second = model_of(), model_of()
     for model in (first, second):

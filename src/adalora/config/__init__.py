@@ -2,6 +2,6 @@
 
 from adalora.config.presets import initial_rank, paper_initial_rank
 from adalora.config.rules import BUDGET_FIELDS
-from adalora.config.settings import AdaLoraConfig
+from adalora.config.settings import AdaLoraConfig, Importance, Schedule
 
-__all__ = ["BUDGET_FIELDS", "AdaLoraConfig", "initial_rank", "paper_initial_rank"]
+__all__ = ["BUDGET_FIELDS", "AdaLoraConfig", "Importance", "Schedule", "initial_rank", "paper_initial_rank"]
