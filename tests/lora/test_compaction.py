@@ -267,6 +267,18 @@ def test_state_behind_a_tensor_type_that_cannot_be_cut_is_refused():
         compact(handles, optimizer)
 
 
+def test_quantised_blocks_of_another_size_are_refused():
+    model = lora()
+    handles = find_triplets(model, "default")
+    optimizer = OPTIMIZERS["8bit_adamw"]([p for p in model.parameters() if p.requires_grad])
+    run(model, optimizer, steps=2, seed=0)
+    prune(handles)
+    state = optimizer.state[handles[0].P_parameter]
+    state["absmax1"] = state["absmax1"].repeat(2)
+    with pytest.raises(CompactionError, match="AdamW8bit quantises in blocks of another size than"):
+        compact(handles, optimizer)
+
+
 def test_foreign_optimizer_trains_masked():
     """With compact=False the pruned triplets stay in memory, and do not grow again at the target budget."""
     model = lora()

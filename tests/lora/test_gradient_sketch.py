@@ -1,6 +1,7 @@
 """Triplets that start along the loss's gradient."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,6 +153,22 @@ def test_ranks_go_where_the_gradient_is_strong():
     for wrong in (1, 13):
         with pytest.raises(ConfigError, match=f"total_rank={wrong} must be from 2.* to 12"):
             sketch.rank_pattern(wrong)
+
+
+class Told(Net):
+    """Gives its own loss, as transformers' models do."""
+
+    def forward(self, x, labels):
+        out = super().forward(x)
+        return SimpleNamespace(loss=(out[:, :3] - labels).square().mean())
+
+
+def test_a_model_may_give_its_own_loss():
+    given, own = model_of(), model_of(base=Told)
+    adalora.GradientSketch(given, batches(), loss=loss).initialize()
+    adalora.GradientSketch(own, ({"x": x, "labels": y} for x, y in batches())).initialize()
+    for a, b in zip(given.parameters(), own.parameters()):
+        assert torch.equal(a, b)
 
 
 class Fixed(Net):
