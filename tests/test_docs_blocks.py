@@ -1,12 +1,7 @@
-"""The Python of README and guides runs; their shell lines name commands, options and recipes that exist.
+"""The Python of README and guides runs.
 
-Blocks of the other pages run beside what they are about: `docs/training.md` in `tests/integrations`,
-`docs/reading-the-report.md` in `tests/report`. Those of `docs/serving.md` need other servers; `tests/export` runs the
-ones that a CPU can.
+Blocks of the other pages run beside what they are about, see `RUN_ELSEWHERE`; shell lines in `test_docs_shell.py`.
 """
-
-import re
-import shlex
 
 import datasets
 import pytest
@@ -14,17 +9,18 @@ import tokenizers
 import torch
 import transformers as hf
 import trl
-import typer
 from peft import LoraConfig, get_peft_model
-from typer.main import get_command
 
 import adalora
-from adalora.tasks.recipe_files import catalogue
-from docs_blocks import ROOT, run, sections
+from docs_blocks import ROOT, pages, run, sections
 
 PAGES = ("docs/index.md", "docs/choosing-a-budget.md", "docs/migrating.md")
-RUN_ELSEWHERE = {"docs/training.md", "docs/reading-the-report.md", "docs/serving.md"}
-DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+RUN_ELSEWHERE = {
+    "docs/training.md": "tests/integrations/test_training_docs.py",
+    "docs/reading-the-report.md": "tests/report/test_reading_docs.py",
+    "docs/serving.md": "tests/export/test_docs.py",
+    "examples/plugin-package/README.md": "tests/examples/test_plugin_package.py",
+}
 WORDS = {word: number for number, word in enumerate(("<pad>", "<s>", "</s>", "<unk>", "cat", "dog", "sat", "ran"))}
 
 
@@ -110,27 +106,6 @@ class SupervisedTrainer(trl.SFTTrainer):
 
 
 def test_every_page_with_python_is_run_somewhere():
-    assert {page for page in DOCS if sections(page)} <= {*PAGES, *RUN_ELSEWHERE}
-
-
-def commands():
-    """Every command of the real command line, by name."""
-    from adalora.cli import commands as all_of_them
-
-    app = typer.Typer()
-    all_of_them.register(app)
-    return get_command(app).commands
-
-
-@pytest.mark.parametrize("page", ["README.md", *DOCS])
-def test_shell_lines(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    known = commands()
-    for block in re.findall(r"```(?:bash|shell)?\n(.*?)```", text, re.DOTALL):
-        for line in re.findall(r"^adalora (.+)$", block, re.MULTILINE):
-            name, *words = shlex.split(line, comments=True)
-            assert name in known, line
-            options = {option for parameter in known[name].params for option in parameter.opts}
-            assert {word for word in words if word.startswith("--")} <= options, line
-            if name == "train" and not words[0].endswith((".yaml", "NAME")):
-                assert words[0] in {entry.name for entry in catalogue()}, line
+    assert {page for page in pages() if sections(page)} == {"README.md", *PAGES, *RUN_ELSEWHERE}
+    for page, test in RUN_ELSEWHERE.items():
+        assert page.rpartition("/")[2] in (ROOT / test).read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from adalora.config import AdaLoraConfig
 from adalora.controller import RankController
-from adalora.errors import AttachError, ConfigError
+from adalora.errors import AttachError
 from adalora.lora.engines import refuse_deepspeed
 from adalora.lora.triplets import adapter_name
 from adalora.report.history import History
@@ -172,9 +172,7 @@ def attach(
         AttachError: The model has no LoRA layer that fits, or is attached already.
     """
     refuse_deepspeed(model)
-    if config is not None and fields:
-        raise ConfigError(f"give config or keywords, not both: config={config!r} and {', '.join(fields)}")
-    config = config or AdaLoraConfig(**fields)
+    config = AdaLoraConfig.given(config, fields)
     adapter = adapter_name(model, adapter)
     taken = controllers(model)
     if adapter in taken:

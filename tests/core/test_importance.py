@@ -15,6 +15,7 @@ def test_two_steps_by_hand():
     assert average.score("sensitivity_uncertainty").item() == 1.25 * 1.125
     assert average.score("ratio").item() == pytest.approx(1.25 / 1.125)
     assert average.score("sensitivity").item() == 1.25
+    assert average.score(lambda mean, spread: mean - spread).item() == 1.25 - 1.125
 
 
 def test_a_constant_product_is_its_own_average_and_certain():

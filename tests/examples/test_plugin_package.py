@@ -9,6 +9,7 @@ from torch import nn
 
 import adalora
 from adalora import errors, plugins
+from docs_blocks import blocks, run
 
 FOLDER = Path(__file__).parents[2] / "examples" / "plugin-package"
 
@@ -77,3 +78,14 @@ def test_a_message_names_what_is_registered():
 def test_without_the_package_the_names_are_unknown():
     with pytest.raises(errors.ConfigError, match="schedule='cosine'"):
         adalora.AdaLoraConfig(schedule="cosine")
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_block_of_its_readme():
+    base = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+    names = {"adalora": adalora, "model": get_peft_model(base, LoraConfig(r=12, target_modules=["0", "2"]))}
+    (block,) = (text for _, language, text in blocks("examples/plugin-package/README.md") if language == "python")
+    run(block, names, where="README.md")
+    (controller,) = adalora.controllers(names["model"]).values()
+    assert controller.config.importance == "lower-bound"
+    assert controller.config.schedule == "cosine"

@@ -245,6 +245,40 @@ def test_foreign_optimizer_state_is_refused_and_nothing_changes():
     assert len(run(model, optimizer, steps=2, seed=1)) == 2
 
 
+class Sealed(torch.Tensor):
+    """A state whose values nobody may select, as some quantised types are."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if "index_select" in getattr(func, "__name__", ""):
+            raise NotImplementedError("no selection of packed values")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_state_behind_a_tensor_type_that_cannot_be_cut_is_refused():
+    model = lora()
+    handles = find_triplets(model, "default")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    run(model, optimizer, steps=3, seed=0)
+    prune(handles)
+    state = optimizer.state[handles[0].P_parameter]
+    state["exp_avg"] = state["exp_avg"].as_subclass(Sealed)
+    with pytest.raises(CompactionError, match=r"AdamW keeps 'exp_avg' of shape .* compact=False"):
+        compact(handles, optimizer)
+
+
+def test_quantised_blocks_of_another_size_are_refused():
+    model = lora()
+    handles = find_triplets(model, "default")
+    optimizer = OPTIMIZERS["8bit_adamw"]([p for p in model.parameters() if p.requires_grad])
+    run(model, optimizer, steps=2, seed=0)
+    prune(handles)
+    state = optimizer.state[handles[0].P_parameter]
+    state["absmax1"] = state["absmax1"].repeat(2)
+    with pytest.raises(CompactionError, match="AdamW8bit quantises in blocks of another size than"):
+        compact(handles, optimizer)
+
+
 def test_foreign_optimizer_trains_masked():
     """With compact=False the pruned triplets stay in memory, and do not grow again at the target budget."""
     model = lora()

@@ -131,6 +131,15 @@ def test_only_what_is_trained_gets_a_gradient():
     torch.testing.assert_close(P.grad, expected)
 
 
+def test_a_frozen_P_gets_no_gradient():
+    x, W, Q, P = operands()
+    P.requires_grad_(False)
+    fused(x, W, Q, P, scale=1.3).sum().backward()
+    assert P.grad is None
+    expected = torch.autograd.grad(written_out(x, W, Q, P, scale=1.3).sum(), (x, Q))
+    torch.testing.assert_close((x.grad, Q.grad), expected)
+
+
 def test_base_gets_the_gradient_where_no_weight_stands_for_it():
     x, W, Q, P = operands()
     W.requires_grad_()

@@ -1,6 +1,7 @@
 """Triplets that start along the loss's gradient."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,6 +153,41 @@ def test_ranks_go_where_the_gradient_is_strong():
     for wrong in (1, 13):
         with pytest.raises(ConfigError, match=f"total_rank={wrong} must be from 2.* to 12"):
             sketch.rank_pattern(wrong)
+
+
+class Told(Net):
+    """Gives its own loss, as transformers' models do."""
+
+    def forward(self, x, labels):
+        out = super().forward(x)
+        return SimpleNamespace(loss=(out[:, :3] - labels).square().mean())
+
+
+def test_a_model_may_give_its_own_loss():
+    given, own = model_of(), model_of(base=Told)
+    adalora.GradientSketch(given, batches(), loss=loss).initialize()
+    adalora.GradientSketch(own, ({"x": x, "labels": y} for x, y in batches())).initialize()
+    for a, b in zip(given.parameters(), own.parameters()):
+        assert torch.equal(a, b)
+
+
+class Fixed(Net):
+    """Its first layer runs without a gradient."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.up(x)
+        return self.down(self.drop(torch.relu(x)))
+
+
+def test_a_layer_that_runs_without_a_gradient_keeps_its_start():
+    model, untouched = model_of(base=Fixed), model_of(base=Fixed)
+    adalora.GradientSketch(model, batches(), loss=loss).initialize()
+    changed = {
+        name: not torch.equal(*(getattr(m.get_base_model(), name).lora_A["default"].weight for m in (model, untouched)))
+        for name in SHAPES
+    }
+    assert changed == {"up": False, "down": True}
 
 
 def test_equal_seeds_give_equal_starts():

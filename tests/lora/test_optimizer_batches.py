@@ -114,6 +114,20 @@ def test_hand_over_is_that_of_every_layer_alone(optimizer, ranks):
             assert float(off.abs().max()) <= 1e-4 * float(gram.max())
 
 
+@torch.no_grad()
+def test_hand_over_where_one_layer_has_no_state_yet():
+    """Among layers of one shape, one has been trained by nobody so far."""
+    with torch.enable_grad():
+        (_, made, handles), (_, other, expected) = (trained() for _ in range(2))
+    for each, optimizer in ((handles, made), (expected, other)):
+        for parameter, _ in each[1].factors.values():
+            del optimizer.state[parameter]
+    for h in expected:
+        hand_over_alone(h, other)
+    hand_over(handles, made)
+    assert_same(tensors(made, handles), tensors(other, expected), rtol=1e-4, atol=1e-6)
+
+
 def test_hand_over_in_half_precision_and_without_an_optimizer():
     (_, _, handles), (_, _, expected) = (trained("sgd", dtype=torch.bfloat16) for _ in range(2))
     before = [h.P_or @ h.Q_ri for h in handles]

@@ -94,6 +94,20 @@ def test_what_stays_and_what_went_are_the_whole(tmp_path, settings):
     assert not list(file.parent.glob("*.part"))
 
 
+def test_a_layer_that_was_removed_at_a_stage_has_nothing_more_to_keep(tmp_path):
+    """All of one layer goes at the first allocation, and leaves the model at the first stage."""
+    model = lora()
+    file = tmp_path / "pruned.safetensors"
+    controller = adalora.attach(
+        model, target_rank=2, total_steps=STEPS, max_rank={"conv": 0}, compact_at=(0.3,), pruned=file
+    )
+    train(model)
+    controller.finalize()
+    (conv,) = [h for h in controller.handles if h.name == "conv"]
+    assert conv.removed
+    assert read_pruned(file).adapter.ranks["conv"] == 6
+
+
 def test_plain_attach_keeps_nothing(tmp_path):
     model = lora()
     controller = adalora.attach(model, total_steps=STEPS, target_rank=2)

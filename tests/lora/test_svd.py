@@ -335,3 +335,38 @@ def test_nested_training_leaves_triplets_out():
         optimizer.step()
         optimizer.zero_grad()
     assert 2 < differs < 13
+
+
+def test_two_adapters_with_a_lambda_of_their_own(tmp_path):
+    """The second one finds the layers prepared by the first; both leave as plain LoRA."""
+    model = lora()
+    model.add_adapter("other", LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS))
+    for adapter, rank in (("default", 2), ("other", 1)):
+        adalora.attach(model, parametrization="svd", target_rank=rank, total_steps=STEPS, adapter=adapter)
+    for adapter in ("default", "other"):
+        model.set_adapter(adapter)
+        train(model)
+    wanted = {}
+    for adapter in ("default", "other"):
+        model.set_adapter(adapter)
+        wanted[adapter] = answer(model)
+    model.save_pretrained(tmp_path, selected_adapters=["default", "other"])
+    torch.manual_seed(1)
+    for adapter, folder in (("default", tmp_path), ("other", tmp_path / "other")):
+        torch.manual_seed(1)
+        loaded = PeftModel.from_pretrained(Everything(), folder)
+        torch.testing.assert_close(answer(loaded), wanted[adapter], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(wanted["default"], wanted["other"])
+
+
+def test_states_without_p_or_with_a_lambda_are_taken_as_they_are(trained):
+    """A part of a model's state, as sharded checkpoints have; and λ beside P, as an exact training state has."""
+    model, _ = trained
+    before = answer(model)
+    layer = model.base_model.model.linear
+    part = {key: value for key, value in model.state_dict().items() if ".linear.lora_B" not in key}
+    model.load_state_dict(part, strict=False)
+    torch.testing.assert_close(answer(model), before, rtol=0, atol=0)
+    whole = {"lora_lambda.default": torch.zeros(RANK), "lora_B.default.weight": layer.lora_B["default"].weight.detach()}
+    layer.load_state_dict(whole, strict=False)
+    assert not layer.lora_lambda["default"].any()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from adalora.compare.methods import METHODS
 from adalora.errors import RecipeError
@@ -169,6 +169,8 @@ class Suite(Part):
                 raise ValueError(f"tasks: {task_name(task)} needs steps, of its own or of the suite")
         return self
 
+    _recipes: dict[str, Recipe] = PrivateAttr(default_factory=dict)  # by task: every cell asks for its own
+
     @cached_property
     def folder(self) -> Path:
         """The output folder."""
@@ -189,6 +191,12 @@ class Suite(Part):
         Raises:
             RecipeError: No such recipe, or a field is wrong.
         """
+        name = task_name(task)
+        if name not in self._recipes:
+            self._recipes[name] = self._read(task)
+        return self._recipes[name]
+
+    def _read(self, task: TaskPart) -> Recipe:
         import json
 
         changes = [f"{field}={json.dumps(value)}" for field, value in task.set.items()]

@@ -9,7 +9,7 @@ from torch import nn
 
 from adalora.config import AdaLoraConfig
 from adalora.controller import RankController
-from adalora.errors import AttachError, CheckpointError, ConfigError
+from adalora.errors import AttachError, CheckpointError
 from adalora.registry import attach, controllers
 from adalora.report.history import History
 
@@ -34,9 +34,7 @@ class AdaLoraLightning(Callback):
         history: History | str | None = None,
         **fields: Any,
     ) -> None:
-        if config is not None and fields:
-            raise ConfigError(f"give config or keywords, not both: {', '.join(fields)}")
-        self.config = config or AdaLoraConfig(**fields)
+        self.config = AdaLoraConfig.given(config, fields)
         self.adapter = adapter
         self.history = history if isinstance(history, History) else History(history)
         self.controller: RankController | None = None

@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from adalora.config import AdaLoraConfig
 from adalora.controller import RankController
-from adalora.errors import AdaLoraWarning, CheckpointError, ConfigError, TrainingError
+from adalora.errors import AdaLoraWarning, CheckpointError, TrainingError
 from adalora.integrations.interrupt import Interrupt
 from adalora.integrations.loggers import LoggerBridge
 from adalora.lora.checkpoint import DESCRIPTION, latest_checkpoint, read_state, write_state
@@ -52,9 +52,7 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
         pruned: str | os.PathLike[str] | None = None,
         **fields: Any,
     ) -> None:
-        if config is not None and fields:
-            raise ConfigError(f"give config or keywords, not both: {', '.join(fields)}")
-        self.config = config or AdaLoraConfig(**fields)
+        self.config = AdaLoraConfig.given(config, fields)
         self.adapter = adapter
         self.history = history if isinstance(history, History) else History(history)
         self.resume_hint = resume_hint

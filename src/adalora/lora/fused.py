@@ -66,7 +66,7 @@ def _drop(rows_ni: Tensor, dropout: float) -> _Dropped:
     if dropout == 0:
         return _Dropped(rows_ni, None, 1.0, 1.0)
     kept = 1 / (1 - dropout)
-    if rows_ni.is_cuda:  # as nn.Dropout there: one kernel, its own random numbers
+    if rows_ni.is_cuda:  # pragma: no cover - a GPU's: as nn.Dropout there, one kernel and its own random numbers
         rows_ni, mask_ni = torch.native_dropout(rows_ni, dropout, True)
         return _Dropped(rows_ni, mask_ni.view(torch.uint8), 1.0, kept)
     # Bytes draw the same zeros as floats do, and products with them are the faster ones.

@@ -57,7 +57,7 @@ class Replicas:
         moved = tensor.to(self._device)
         for group in self._groups:  # the first row to the others, then the first of each row to its own
             dist.broadcast(moved, dist.get_global_rank(group, 0), group=group)
-        if moved is not tensor:
+        if moved is not tensor:  # pragma: no cover - a GPU's group and a tensor of the CPU
             tensor.copy_(moved)
         return tensor
 

@@ -23,6 +23,9 @@ from adalora.errors import ConfigError
 from adalora.lora.fingerprint import base_fingerprint
 from adalora.lora.triplets import TripletHandle
 
+# The first is the newer name.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Shards:
     """The factors of one adapter, which may become sharded at any time before the first step."""
@@ -122,7 +125,7 @@ def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
         parts = [_padded(cast(DTensor, tensors[n]), world) for n in numbers]
         mine = torch.cat(parts)
         all_of_them = mine.new_empty(world * len(mine))
-        dist.all_gather_into_tensor(all_of_them, mine, group=group)
+        _all_gather(all_of_them, mine, group=group)
         columns = torch.split(all_of_them.view(world, -1), [len(part) for part in parts], dim=1)
         for number, column in zip(numbers, columns):
             shape = tensors[number].shape
@@ -217,10 +220,6 @@ class _WholeStates:
     def get(self, parameter: nn.Parameter, default: Any = None) -> Any:
         known = parameter in self
         return self[parameter] if known else default
-
-    def pop(self, parameter: nn.Parameter, default: Any = None) -> Any:
-        self._opened.pop(parameter, None)
-        return self._states.pop(self._sharded.get(parameter, parameter), default)
 
 
 class _WholeState(MutableMapping[str, Any]):

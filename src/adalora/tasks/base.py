@@ -20,6 +20,7 @@ REGISTRY = {
     "sentence-pair": "sequence:SequenceTask",
     "multi-label": "sequence:SequenceTask",
     "regression": "sequence:SequenceTask",
+    "embedding": "embedding:EmbeddingTask",
     "question-answering": "question_answering:QuestionAnsweringTask",
     "token-classification": "token_classification:TokenClassificationTask",
     "seq2seq": "seq2seq:Seq2SeqTask",
@@ -70,6 +71,10 @@ class Task(ABC):
     @abstractmethod
     def collator(self, processor: Any) -> Any:
         """Puts features of different lengths into one batch."""
+
+    def loss(self) -> Callable[..., Any] | None:
+        """The loss from outputs, labels and the number of labels in a step; None where the model has its own."""
+        return None
 
     def metrics(self) -> Callable[[EvalPrediction], dict[str, float]] | None:
         """Metrics during training, from the model's outputs; None for the loss alone."""

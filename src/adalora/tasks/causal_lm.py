@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, EvalPrediction, Trainer
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer
 
 from adalora.errors import RecipeError
-from adalora.tasks.base import Task, map_rows, predict_metrics
+from adalora.tasks.base import map_rows, predict_metrics
 from adalora.tasks.data import columns_of
-from adalora.tasks.generation import IGNORED, generate_texts, likelihood, rouge, token_losses
+from adalora.tasks.generation import IGNORED, GenerativeTask, rouge
 from adalora.tasks.options import CausalLM
 from adalora.tasks.sequence import with_pad_token
 
@@ -19,13 +17,14 @@ Message = dict[str, str]
 Piece = tuple[list[int], bool]  # token ids, and whether they count in the loss
 
 
-class CausalLMTask(Task):
+class CausalLMTask(GenerativeTask):
     """Next-token prediction; the loss is on completions, or on everything."""
 
     auto_class = AutoModelForCausalLM
     peft_type = "CAUSAL_LM"
     main_metric = "loss"
     loss_per_token = True
+    decoder_only = True
     needs = ("rouge_score",)
 
     @property
@@ -60,14 +59,6 @@ class CausalLMTask(Task):
         """Pads tokens and labels to the longest row of a batch."""
         return DataCollatorForSeq2Seq(processor)
 
-    def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
-        """Negative log-likelihood per counted token, and perplexity."""
-        return likelihood
-
-    def reduce_outputs(self) -> Callable[[Any, Any], Any]:
-        """Sums of losses in place of a score per token and word."""
-        return partial(token_losses, shift=True)
-
     def evaluate(self, trainer: Trainer, table: Any, processor: Any) -> dict[str, float]:
         """Likelihood, and where the recipe wants it ROUGE of generated completions."""
         scores = predict_metrics(trainer, self.features(table, processor))[1]
@@ -81,15 +72,7 @@ class CausalLMTask(Task):
             prompts = [{"input_ids": self._prompt_ids(rows[number], processor)} for number in numbers]
             return processor.pad(prompts, return_tensors="pt")
 
-        texts = generate_texts(
-            trainer.model,
-            processor,
-            len(rows),
-            inputs=inputs,
-            options=self.options.generation,
-            batch_size=trainer.args.per_device_eval_batch_size,
-            strip_prompt=True,
-        )
+        texts = self.generate(trainer, processor, len(rows), inputs=inputs, options=self.options.generation)
         processor.padding_side = side
         return {**rouge(texts, [self._answer(row) for row in rows]), **scores}
 

@@ -4,17 +4,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import EvalPrediction
 
+from adalora.tasks.base import Task
 from adalora.tasks.options import Generation
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 IGNORED = -100
 Reference = str | list[str]
+
+
+class GenerativeTask(Task):
+    """A task whose model is scored by the likelihood of tokens, and by texts that it generates."""
+
+    # A decoder's score at one place is for the token at the next, and its texts begin with their prompt.
+    decoder_only = False
+
+    def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
+        """Negative log-likelihood per counted token, and perplexity."""
+        return likelihood
+
+    def reduce_outputs(self) -> Callable[[Any, Any], Any]:
+        """Sums of losses in place of a score per token and word."""
+        return partial(token_losses, shift=self.decoder_only)
+
+    def generate(
+        self, trainer: Trainer, processor: Any, rows: int, *, inputs: Callable[[list[int]], Any], options: Generation
+    ) -> list[str]:
+        """One text per row; see `generate_texts`."""
+        return generate_texts(
+            trainer.model,
+            processor,
+            rows,
+            inputs=inputs,
+            options=options,
+            batch_size=trainer.args.per_device_eval_batch_size,
+            strip_prompt=self.decoder_only,
+        )
 
 
 @torch.inference_mode()

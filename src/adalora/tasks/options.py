@@ -85,6 +85,25 @@ class Regression(Options):
     name: Literal["regression"]
 
 
+class Embedding(Options):
+    """A vector for each text, near to that of the text that belongs to it: a question and its passage.
+
+    Attributes:
+        pooling: The vector is the mean over a text's tokens, or its first token's (`"cls"`).
+        temperature: Divides the cosines in the loss; lower presses harder on the passages that come near.
+        prefix: Put before every `text`, where the model wants it ("query: ").
+        pair_prefix: The same for `text_pair` ("passage: ").
+    """
+
+    ROLES = {"text": True, "text_pair": True}
+
+    name: Literal["embedding"]
+    pooling: Literal["mean", "cls"] = "mean"
+    temperature: float = Field(default=0.05, gt=0)
+    prefix: str = ""
+    pair_prefix: str = ""
+
+
 class QuestionAnswering(Options):
     """The span of a context that answers a question (SQuAD); with `no_answer`, or that there is none.
 
@@ -194,6 +213,7 @@ TaskOptions: TypeAlias = Annotated[
     | SentencePair
     | MultiLabel
     | Regression
+    | Embedding
     | QuestionAnswering
     | TokenClassification
     | Seq2Seq
@@ -208,6 +228,7 @@ TASKS: tuple[type[Options], ...] = (
     SentencePair,
     MultiLabel,
     Regression,
+    Embedding,
     QuestionAnswering,
     TokenClassification,
     Seq2Seq,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, EvalPrediction, Trainer
+from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, Trainer
 
-from adalora.tasks.base import Task, map_rows, predict_metrics
-from adalora.tasks.generation import generate_texts, likelihood, rouge, token_losses
+from adalora.tasks.base import map_rows, predict_metrics
+from adalora.tasks.generation import GenerativeTask, rouge
 from adalora.tasks.options import Seq2Seq
 
 
-class Seq2SeqTask(Task):
+class Seq2SeqTask(GenerativeTask):
     """Source and target. A row may have several targets: it is trained on the first and scored on the best."""
 
     auto_class = AutoModelForSeq2SeqLM
@@ -42,14 +40,6 @@ class Seq2SeqTask(Task):
         """Pads both sides to the longest row of a batch."""
         return DataCollatorForSeq2Seq(processor)
 
-    def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
-        """Negative log-likelihood and perplexity of the targets."""
-        return likelihood
-
-    def reduce_outputs(self) -> Callable[[Any, Any], Any]:
-        """Sums of losses in place of a score per token and word."""
-        return partial(token_losses, shift=False)
-
     def evaluate(self, trainer: Trainer, table: Any, processor: Any) -> dict[str, float]:
         """Likelihood of the targets, and ROUGE of generated texts."""
         scores = predict_metrics(trainer, self.features(table, processor))[1]
@@ -61,14 +51,7 @@ class Seq2SeqTask(Task):
             encoded = self._encode_sources([sources[row] for row in rows], processor)
             return processor.pad(encoded, return_tensors="pt")
 
-        texts = generate_texts(
-            trainer.model,
-            processor,
-            len(sources),
-            inputs=inputs,
-            options=self.options.generation,
-            batch_size=trainer.args.per_device_eval_batch_size,
-        )
+        texts = self.generate(trainer, processor, len(sources), inputs=inputs, options=self.options.generation)
         return {**rouge(texts, list(table["target"])), **scores}
 
     def _encode_sources(self, sources: list[str], processor: Any) -> dict[str, Any]:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from functools import partial
 from math import gcd
 from typing import Any
 
 import numpy as np
-from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, EvalPrediction, Trainer
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, Trainer
 
 from adalora.errors import DataError
-from adalora.tasks.base import Task, map_rows, predict_metrics
-from adalora.tasks.generation import IGNORED, generate_texts, likelihood, token_losses
+from adalora.tasks.base import map_rows, predict_metrics
+from adalora.tasks.generation import IGNORED, GenerativeTask
 from adalora.tasks.options import SpeechToText
 
 
-class SpeechTask(Task):
+class SpeechTask(GenerativeTask):
     """Recordings (files, or a data set's own audio) and what is said in them."""
 
     auto_class = AutoModelForSpeechSeq2Seq
@@ -55,14 +54,6 @@ class SpeechTask(Task):
         """Stacks spectrograms and pads labels."""
         return partial(collate, processor=processor)
 
-    def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
-        """Negative log-likelihood and perplexity of the texts."""
-        return likelihood
-
-    def reduce_outputs(self) -> Callable[[Any, Any], Any]:
-        """Sums of losses in place of a score per token and word."""
-        return partial(token_losses, shift=False)
-
     def arguments(self) -> dict[str, Any]:
         """The raw columns are needed until a row is asked for."""
         return {"remove_unused_columns": False}
@@ -82,14 +73,7 @@ class SpeechTask(Task):
             audio = [rows[number]["audio"] for number in numbers]
             return BatchFeature({"input_features": spectrograms(audio, processor)})
 
-        texts = generate_texts(
-            trainer.model,
-            processor,
-            len(rows),
-            inputs=inputs,
-            options=self.options.generation,
-            batch_size=trainer.args.per_device_eval_batch_size,
-        )
+        texts = self.generate(trainer, processor, len(rows), inputs=inputs, options=self.options.generation)
         library: Any = jiwer
         normal = library.Compose([library.ToLowerCase(), library.RemovePunctuation(), library.RemoveMultipleSpaces()])
         wanted = [normal(text) for text in rows["text"]]

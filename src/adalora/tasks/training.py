@@ -32,6 +32,7 @@ def make_trainer(recipe: Recipe, task: Task, *, model: Any, processor: Any, spli
         eval_dataset=task.features(splits.validation, processor) if evaluates else None,
         processing_class=processor,
         data_collator=task.collator(processor),
+        compute_loss_func=task.loss(),
         compute_metrics=task.metrics(),
         preprocess_logits_for_metrics=task.reduce_outputs(),
     )

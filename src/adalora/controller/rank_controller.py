@@ -13,10 +13,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from adalora.config import AdaLoraConfig
+from adalora.controller.final_phase import FinalPhase
 from adalora.core.schedule import BudgetSchedule, plan_schedule
-from adalora.errors import AdaLoraWarning, AttachError, CompactionError, ConfigError
-from adalora.lora.budget import adapter_size, make_budget
-from adalora.lora.compaction import compact
+from adalora.errors import AdaLoraWarning, AttachError, ConfigError
+from adalora.lora.budget import make_budget
 from adalora.lora.idle import WeightWatch
 from adalora.lora.masking import zero_pruned
 from adalora.lora.nested import NestedTruncation, refuse_unfit
@@ -26,18 +26,15 @@ from adalora.lora.orthogonal import hand_over
 from adalora.lora.parametrization import prepare
 from adalora.lora.pruned import PrunedTriplets
 from adalora.lora.reorthonormal import reorthonormalize
-from adalora.lora.replicas import Replicas
 from adalora.lora.scoring import Scorer
 from adalora.lora.sharding import Shards
-from adalora.lora.svd import fold_lambda
 from adalora.lora.triplets import find_triplets, lora_config
 from adalora.recording import Recorder
 from adalora.report.history import History
 from adalora.report.plotting import HistoryPlots
-from adalora.resuming import Resumable
 
 
-class RankController(Resumable, HistoryPlots):
+class RankController(FinalPhase, HistoryPlots):
     """Runs the method for one adapter of one model; made by `adalora.attach`.
 
     The optimizer is found by itself: a post-step hook of torch, global to the process, calls the controller once per
@@ -102,13 +99,6 @@ class RankController(Resumable, HistoryPlots):
             raise AttachError("the attached model no longer exists")
         return model
 
-    @property
-    def schedule(self) -> BudgetSchedule:
-        """The budget over the run; known once the number of steps is."""
-        if self._schedule is None:
-            raise ConfigError("total_steps is not known yet: adalora.attach(model, total_steps=…)")
-        return self._schedule
-
     def set_total_steps(self, total_steps: int) -> None:
         """Fix the length of the run in optimizer steps; before the first step.
 
@@ -140,11 +130,6 @@ class RankController(Resumable, HistoryPlots):
     def budget(self) -> int:
         """What the schedule allows now, in the unit of `budget_unit`."""
         return self.schedule.budget(self.step)
-
-    @property
-    def live(self) -> int:
-        """Triplets not pruned."""
-        return sum(h.live_rank for h in self.handles)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -222,10 +207,6 @@ class RankController(Resumable, HistoryPlots):
             self._scorer.reset()
             self._record.handover(self.step)
 
-    @property
-    def _replicas(self) -> Replicas:
-        return Replicas(self.model, mesh=self._shards.mesh)
-
     def _allocate(self, budget: int) -> None:
         """Keep the best `budget` triplets, zero the others."""
         scores = self._replicas.share(self._scorer.scores())
@@ -260,98 +241,6 @@ class RankController(Resumable, HistoryPlots):
     def _apply_masks(self) -> None:
         """λ of the pruned triplets to 0; they keep their directions, from which they may grow again."""
         zero_pruned(self.handles, self.optimizer)
-
-    def _enter_final_phase(self) -> None:
-        """Ranks are fixed from here: free the averages, remove what was pruned."""
-        self._scorer.reset()
-        self._remove_masked(during_training=True)
-
-    def compact(self) -> None:
-        """Remove pruned triplets now. Under DDP wrap the model again afterwards, the old wrapper refuses to train.
-
-        Done by itself at the end of the decrease, and at `compact_at`, where one process trains.
-        """
-        self._remove_masked(during_training=False)
-
-    def _remove_masked(self, *, during_training: bool) -> None:
-        """Make memory smaller; averages of what stays go on."""
-        if not self.config.compact or self.live == sum(h.rank for h in self.handles):
-            return
-        replicas = self._replicas
-        if self.is_sharded or (during_training and replicas.several):
-            return  # masked: parameters of a wrapped model keep their size until the training is over
-        before, averages = adapter_size(self.handles), self._scorer.cut()
-        try:
-            compact(self.handles, self.optimizer)
-        except CompactionError as error:  # nothing was changed; a run must not die of it
-            self._uncuttable = True
-            warnings.warn(f"pruned triplets stay in memory, masked: {error}", AdaLoraWarning, stacklevel=2)
-            return
-        if self._pruned is not None:
-            self._pruned.remove()
-        replicas.retire_wrappers()
-        self._scorer.load_state_dict(averages)
-        self._write_patterns()
-        self._record.compaction(self.step, before=before, after=adapter_size(self.handles))
-
-    def _go_on(self) -> None:
-        if self._nested is not None:  # of the ranks that the run had before the checkpoint was loaded
-            self._nested.stop()
-            self._nested = None
-        if self.config.nested and not self.finished and self.step > self.schedule.decrease_end:
-            self._truncate_at_random()
-
-    def _truncate_at_random(self) -> None:
-        """Draw what the coming step trains; the order is that of the last allocation, which a resumed run has too."""
-        if self._nested is None:
-            record = self.history.last("allocation")
-            if record is None or "triplet_scores" not in record:
-                return
-            self._nested = NestedTruncation(self.handles, record["triplet_scores"], seed=self.config.seed)
-        self._nested.draw(self.step)
-
-    def finalize(self, *, cut: bool = True) -> None:
-        """End the run: bring the adapter to its target even if the training ended before the schedule did.
-
-        Called by the Trainer callback; call it at the end of your own loop. Warns where the schedule was cut short or
-        never ran.
-
-        Args:
-            cut: False leaves the triplets that are live now, even if they are more than the target.
-        """
-        if self.finished:
-            return
-        self.warn_if_idle()
-        with self._shards.whole():
-            self._settle(cut=cut)
-
-    def _settle(self, *, cut: bool) -> None:
-        schedule = self.schedule
-        if not cut:
-            self.compact()
-        elif schedule.shape != "constant" and self.step <= schedule.decrease_end:
-            if self.step > 0:
-                warnings.warn(
-                    f"training ended after {self.step} of {schedule.total_steps} steps, before the budget had reached "
-                    f"its target: {self.live} triplets are cut to {self._budget.triplets(self.target_budget)} now, "
-                    f"untrained. Give the real number of steps: adalora.attach(model, total_steps={self.step})",
-                    AdaLoraWarning,
-                    stacklevel=3,
-                )
-            with torch.no_grad():
-                self._allocate(self.target_budget)
-                self._enter_final_phase()
-        if self._nested is not None:
-            self._nested.stop()
-        if not self._uncuttable:
-            self.compact()  # put off until now, by several processes or the run that was resumed here
-        for h in self.handles:
-            if not (h.removed or self.is_sharded):  # FSDP2 would put the λ back; what is saved is folded anyway
-                fold_lambda(h)
-        if self._pruned is not None:
-            self._record.pruned(self.step, **self._pruned.write())
-        self.finished = True
-        self._record.finish(self.step, allocations=self.allocations)
 
     def note_weights(self) -> None:
         """Take the weights as they are for untrained: others were loaded."""

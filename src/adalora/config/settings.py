@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import math
-import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
@@ -19,6 +16,9 @@ from pydantic import (
 )
 
 from adalora import plugins
+from adalora.config.messages import describe, read_amount, unknown_field
+from adalora.config.presets import PAPER, RELEASED, with_preset
+from adalora.config.rules import settle
 from adalora.errors import ConfigError
 
 Importance: TypeAlias = Literal[
@@ -35,31 +35,8 @@ Orthogonality: TypeAlias = Literal["decoupled", "squared", "released", "off"]
 Span: TypeAlias = int | float
 Limits: TypeAlias = dict[str, Annotated[int, Field(ge=0, strict=True)]]
 
-BUDGET_FIELDS = ("target_rank", "total_rank", "total_parameters", "adapter_bytes")
-DEFAULT_TARGET_RANK = 8
-EXAMPLES = {"target_rank": "8", "total_rank": "96", "total_parameters": '"0.3M"', "adapter_bytes": '"1.2MB"'}
 SWITCHES = ("handover", "revival", "compact", "reorthonormalize", "released_schedule", "nested")
 GRADIENT_SCORES = ("sensitivity_uncertainty", "ratio", "sensitivity", "lambda_sensitivity")
-OF_GRADIENT_SCORES = ("sensitivity_beta", "uncertainty_beta", "score_gradient", "score_weights")
-OF_ALLOCATION = (  # and of the phases around it: nothing to do where no rank ever changes
-    "importance",
-    "min_rank",
-    "max_rank",
-    "allocation_interval",
-    "revival",
-    "budget_scope",
-    "warmup",
-    "final",
-    "group_budgets",
-    "budget_cost",
-    "released_schedule",
-    "reorthonormalize",
-    "handover",
-    "nested",
-    "compact",
-    "compact_at",
-)
-AMOUNT = re.compile(r"(?P<number>\d+(\.\d*)?|\.\d+)\s*(?P<prefix>[kKMG]?)(?P<binary>i?)(?P<bytes>B?)")
 
 
 class AdaLoraConfig(BaseModel):
@@ -163,11 +140,22 @@ class AdaLoraConfig(BaseModel):
     def __init__(self, **fields: Any) -> None:
         unknown = [name for name in fields if name not in type(self).model_fields]
         if unknown:
-            raise ConfigError(_unknown_field(unknown[0], list(type(self).model_fields)))
+            raise ConfigError(unknown_field(unknown[0], list(type(self).model_fields)))
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise ConfigError(_describe(error)) from error
+            raise ConfigError(describe(error)) from error
+
+    @classmethod
+    def given(cls, config: AdaLoraConfig | None, fields: dict[str, Any]) -> AdaLoraConfig:
+        """The config of a call that takes one or its fields as keywords.
+
+        Raises:
+            ConfigError: Both are given, or a setting is wrong.
+        """
+        if config is not None and fields:
+            raise ConfigError(f"give config or keywords, not both: config={config!r} and {', '.join(fields)}")
+        return config or cls(**fields)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -179,7 +167,7 @@ class AdaLoraConfig(BaseModel):
     @field_validator("total_parameters", "adapter_bytes", mode="before")
     @classmethod
     def _amount(cls, value: Any, info: ValidationInfo) -> Any:
-        return _read_amount(value, of_bytes=info.field_name == "adapter_bytes") if isinstance(value, str) else value
+        return read_amount(value, of_bytes=info.field_name == "adapter_bytes") if isinstance(value, str) else value
 
     @field_validator("importance", "schedule")
     @classmethod
@@ -236,117 +224,14 @@ class AdaLoraConfig(BaseModel):
 
     @model_validator(mode="after")
     def _together(self) -> AdaLoraConfig:
-        given = [name for name in BUDGET_FIELDS if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"give one budget, not {' and '.join(given)}: keep {given[0]}={getattr(self, given[0])!r}")
-        if not given and self.group_budgets is None:
-            object.__setattr__(self, "target_rank", float(DEFAULT_TARGET_RANK))
-        for name in BUDGET_FIELDS:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be above 0, e.g. {name}={EXAMPLES[name]}")
-        if isinstance(self.max_rank, int) and isinstance(self.min_rank, int) and self.max_rank < self.min_rank:
-            raise ValueError(
-                f"max_rank={self.max_rank} is below min_rank={self.min_rank}: raise the one or lower the other"
-            )
-        if isinstance(self.max_rank, int) and self.target_rank is not None and self.max_rank < self.target_rank:
-            raise ValueError(
-                f"max_rank={self.max_rank} is below the average that is wanted, target_rank={self.target_rank:g}: "
-                f"use target_rank={self.max_rank} or max_rank={math.ceil(self.target_rank)}"
-            )
-        if isinstance(self.warmup, float) and isinstance(self.final, float) and self.warmup + self.final > 1:
-            raise ValueError(
-                f"warmup={self.warmup} and final={self.final} are together more than the run (1.0): "
-                f"lower one of them, e.g. final={round(1 - self.warmup, 6)}"
-            )
-        self._fill_in()
-        self._refuse_without_effect()
+        settle(self)
         return self
-
-    def _fill_in(self) -> None:
-        """Defaults that hang on other fields; what was given stays and is checked afterwards."""
-        given = self.model_fields_set
-        if self.parametrization == "svd":
-            if "initialization" not in given:
-                object.__setattr__(self, "initialization", "orthonormal")
-            if "handover" not in given:
-                object.__setattr__(self, "handover", False)
-            if "scale" not in given:
-                object.__setattr__(self, "scale", "target")
-        if self.schedule == "constant":  # one phase: nothing ends a warm-up, nothing begins a final phase
-            for name, value in (("warmup", 0), ("final", 0), ("handover", False)):
-                if name not in given:
-                    object.__setattr__(self, name, value)
-        if self.total_parameters is not None or self.adapter_bytes is not None:
-            if "budget_cost" in given and self.budget_cost == "rank":
-                raise ValueError('budget_cost="rank" contradicts a budget in parameters or bytes: leave it out')
-            object.__setattr__(self, "budget_cost", "parameters")
-
-    def _refuse_without_effect(self) -> None:
-        """An option that changes nothing in this combination is a mistake of the user's: say so."""
-        if self.group_budgets is not None and self.budget_scope == "global" and self.schedule != "constant":
-            raise ValueError(
-                'group_budgets has no effect with budget_scope="global": add budget_scope="module_type" or "layer"'
-            )
-        if self.compact_at is not None and not self.compact:
-            raise ValueError("compact_at has no effect with compact=False: leave one of them out")
-        for name, because in self._without_effect():
-            if name in self.model_fields_set:
-                raise ValueError(f"{name} has no effect with {because}: leave it out")
-        if self.nested and not self.compact:
-            raise ValueError("nested=True needs compact=True: the order is that of the triplets that stay")
-        if self.nested and self.reorthonormalize:
-            raise ValueError(
-                "nested=True contradicts reorthonormalize=True: the order is that of the scored triplets, "
-                "so leave one of them out"
-            )
-        if self.parametrization == "lora":
-            self._refuse_svd_only()
-        elif self.handover:
-            raise ValueError('handover=True needs parametrization="lora": with "svd" P, λ and Q are trained throughout')
-        elif self.scale == "matched" and self.initialization == "keep":
-            raise ValueError('scale="matched" has no effect with initialization="keep": use scale="target"')
-
-    def _without_effect(self) -> list[tuple[str, str]]:
-        """Fields that change nothing here, each with the reason."""
-        found, constant = [], 'schedule="constant" (no allocation)'
-        if self.orthogonality == "off" and self.orthogonality_weight:
-            found.append(("orthogonality_weight", 'orthogonality="off"'))
-        if self.schedule == "constant":
-            found += [(name, constant) for name in (*OF_ALLOCATION, *OF_GRADIENT_SCORES)]
-        elif not self.needs_gradients:
-            found += [(name, f'importance="{self.importance}" (no gradient in it)') for name in OF_GRADIENT_SCORES]
-        elif self.importance in ("sensitivity", "lambda_sensitivity"):
-            found.append(("uncertainty_beta", f'importance="{self.importance}" (no uncertainty in it)'))
-        if not self.orthogonality_weight:
-            found.append(("score_gradient", f"orthogonality_weight={self.orthogonality_weight:g}"))
-        if self.handover and self.warmup == 0:
-            found.append(("handover", "warmup=0 (it is at the end of it)"))
-        if not self.draws:
-            found.append(("seed", "these settings (nothing is drawn at random)"))
-        if self.orthogonality in ("decoupled", "off"):
-            found.append(("score_gradient", f'orthogonality="{self.orthogonality}" (the gradient has no such term)'))
-        return found
 
     @property
     def draws(self) -> bool:
         """Whether anything is random: scores, a new adapter's vectors, or what nested training leaves out."""
         new = self.parametrization == "svd" and self.initialization != "keep"
         return self.nested or new or (self.importance == "random" and self.schedule != "constant")
-
-    def _refuse_svd_only(self) -> None:
-        for name, values in (
-            ("initialization", ("orthonormal", "gaussian")),
-            ("scale", ("released",)),
-            ("importance", ("lambda_magnitude",)),
-            ("orthogonality", ("squared", "released")),
-        ):
-            value = getattr(self, name)
-            if value in values:
-                raise ValueError(
-                    f'{name}="{value}" needs parametrization="svd": with "lora" λ has no value of its own, it is the '
-                    "length of P's columns"
-                )
 
     @classmethod
     def paper(cls, **fields: Any) -> AdaLoraConfig:
@@ -355,15 +240,7 @@ class AdaLoraConfig(BaseModel):
         Args:
             **fields: Fields to set or to change, e.g. `target_rank=2`.
         """
-        settings: dict[str, Any] = {
-            "parametrization": "svd",
-            "initialization": "gaussian",
-            "scale": "initial",
-            "orthogonality": "squared",
-            "score_weights": "before",
-            "compact": False,
-        }
-        return cls(**_with_preset(settings, fields))
+        return cls(**with_preset(PAPER, fields))
 
     @classmethod
     def released(cls, **fields: Any) -> AdaLoraConfig:
@@ -372,19 +249,7 @@ class AdaLoraConfig(BaseModel):
         Args:
             **fields: Fields to set or to change, e.g. `target_rank=8, warmup=200, final=1000`.
         """
-        settings: dict[str, Any] = {
-            "parametrization": "svd",
-            "initialization": "gaussian",
-            "scale": "released",
-            "orthogonality": "released",
-            "orthogonality_weight": 0.5,
-            "warmup": 0,
-            "final": 0,
-            "allocation_interval": 1,
-            "released_schedule": True,
-            "compact": False,
-        }
-        return cls(**_with_preset(settings, fields))
+        return cls(**with_preset(RELEASED, fields))
 
     @property
     def needs_gradients(self) -> bool:
@@ -403,51 +268,3 @@ class AdaLoraConfig(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """The fields that were given, JSON-ready; `AdaLoraConfig(**config.to_dict())` equals the original."""
         return self.model_dump(mode="json", exclude_unset=True)
-
-
-def _with_preset(settings: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """A preset with the user's fields; without what it says of allocation where there is none."""
-    without = (*OF_ALLOCATION, *OF_GRADIENT_SCORES) if fields.get("schedule") == "constant" else ()
-    return {**{name: value for name, value in settings.items() if name not in without}, **fields}
-
-
-def paper_initial_rank(target_rank: float) -> int:
-    """1.5 times the target rank, as in the paper, and above it."""
-    return max(round(target_rank) + 1, round(1.5 * target_rank))
-
-
-def initial_rank(target_rank: float) -> int:
-    """The rank to start with for a target: four times it while that is at most 16, and never less than 1.5 times it.
-
-    At low target ranks breadth during the search is what pays (`docs/results.md`); at high ones it costs time.
-    """
-    return max(paper_initial_rank(target_rank), min(round(4 * target_rank), 16))
-
-
-def _read_amount(text: str, *, of_bytes: bool) -> int:
-    """`"0.3M"` -> 300000, `"1.2MB"` -> 1200000, `"1MiB"` -> 1048576."""
-    found = AMOUNT.fullmatch(text.strip())
-    if found is None or (not of_bytes and (found["binary"] or found["bytes"])):
-        example = '"1.2MB" or 1_200_000' if of_bytes else '"0.3M" or 300_000'
-        raise ValueError(f"is a number or a text such as {example}")
-    base = 1024 if found["binary"] else 1000
-    factor: int = base ** " KMG".index((found["prefix"] or " ").upper())
-    return round(float(found["number"]) * factor)
-
-
-def _unknown_field(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(known)}"
-    return f"AdaLoraConfig has no field {name!r}: {hint}"
-
-
-def _describe(error: ValidationError) -> str:
-    """One part per wrong field: field, value, what is allowed. A union's branches are joined by "or"."""
-    wrong: dict[str, tuple[Any, list[str]]] = {}
-    for problem in error.errors():
-        field = str(problem["loc"][0]) if problem["loc"] else ""
-        wrong.setdefault(field, (problem["input"], []))[1].append(problem["msg"].removeprefix("Value error, "))
-    return "; ".join(
-        f"{field}={value!r}: {' or '.join(messages)}" if field else messages[0]
-        for field, (value, messages) in wrong.items()
-    )

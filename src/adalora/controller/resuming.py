@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 
 from adalora.config import AdaLoraConfig
 from adalora.core.schedule import BudgetSchedule
-from adalora.errors import AdaLoraWarning, CheckpointError
+from adalora.errors import AdaLoraWarning, CheckpointError, ConfigError
 from adalora.lora.checkpoint import DESCRIPTION, explain_differences, read_state
 from adalora.lora.compaction import resize
 from adalora.lora.optimizer_state import find_optimizer
 from adalora.lora.patterns import write_patterns
 from adalora.lora.pruned import PrunedTriplets
+from adalora.lora.replicas import Replicas
 from adalora.lora.scoring import Scorer
 from adalora.lora.sharding import Shards
 from adalora.lora.training_state import check_layers, layers_state, load_layers
@@ -68,6 +69,18 @@ class Resumable:
     def owns(self, optimizer: Optimizer) -> bool:
         """See `RankController`."""
         raise NotImplementedError
+
+    @property
+    def schedule(self) -> BudgetSchedule:
+        """The budget over the run; known once the number of steps is."""
+        if self._schedule is None:
+            raise ConfigError("total_steps is not known yet: adalora.attach(model, total_steps=…)")
+        return self._schedule
+
+    @property
+    def live(self) -> int:
+        """Triplets not pruned."""
+        return sum(h.live_rank for h in self.handles)
 
     def state_dict(self) -> dict[str, Any]:
         """The exact training state: `load_state_dict` in a new process goes on bit for bit.
@@ -232,6 +245,10 @@ class Resumable:
     def is_sharded(self) -> bool:
         """Whether parameters are spread over processes (FSDP2)."""
         return bool(self._shards.parameters)
+
+    @property
+    def _replicas(self) -> Replicas:
+        return Replicas(self.model, mesh=self._shards.mesh)
 
     @contextmanager
     def loading(self, folder: Any) -> Iterator[None]:
