@@ -80,3 +80,12 @@ def test_a_missing_metric_package_is_named_before_training(tmp_path, monkeypatch
     recipe = make_recipe(tmp_path, "x", task="question-answering", data={"files": "rows.csv"})
     with pytest.raises(RecipeError, match=r"torchmetrics: pip install 'adalora\[metrics\]'"):
         base.make_task(recipe, None)
+
+
+def test_modules_that_are_trained_whole_are_the_new_ones_and_the_recipes(tmp_path):
+    model = BertForSequenceClassification(BertConfig(**SIZES))
+    fields = {"modules_to_save": ["pooler"]}
+    recipe = make_recipe(tmp_path, "x", task="regression", data={"files": "rows.csv"}, lora=fields)
+    assert models.whole_modules(recipe, model, ["classifier"]) == ["bert.pooler", "classifier"]
+    plain = make_recipe(tmp_path, "x", task="regression", data={"files": "rows.csv"})
+    assert models.whole_modules(plain, model, ["classifier"]) == ["classifier"]

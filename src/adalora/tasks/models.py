@@ -49,6 +49,9 @@ def load_base(recipe: Recipe, task: Task, processor: Any) -> tuple[Any, list[str
     if part.gguf_file:
         _forget_gguf(model)
     fresh = fresh_modules(model, report["missing_keys"])
+    if (answer := task.first_answer()) is not None:
+        for bias in _output_biases(model, fresh):
+            torch.nn.init.constant_(bias, answer)
     if part.quantization:
         prepare: Any = prepare_model_for_kbit_training
         model = prepare(model, use_gradient_checkpointing=False)  # the Trainer switches that on
@@ -131,6 +134,13 @@ def fresh_modules(model: Any, missing: Any) -> list[str]:
     return sorted(name for name in names if name in known)
 
 
+def whole_modules(recipe: Recipe, model: Any, fresh: list[str]) -> list[str]:
+    """Full names of modules that are trained whole: new ones, and those of `lora.modules_to_save`."""
+    named = tuple(recipe.lora.get("modules_to_save") or ())
+    saved = [name for name, _ in model.named_modules() if named and name.endswith(named)]  # as PEFT finds them
+    return sorted({*fresh, *saved})
+
+
 def trainable(model: Any) -> int:
     """Parameters that training changes."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -139,6 +149,16 @@ def trainable(model: Any) -> int:
 def adapter_parameters(model: Any) -> int:
     """Parameters of the adapter's factors, without a head that is saved beside them."""
     return sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+
+
+def _output_biases(model: Any, fresh: list[str]) -> list[torch.nn.Parameter]:
+    """Biases of the layers in new modules whose one output is the answer."""
+    layers = (layer for name in fresh for layer in model.get_submodule(name).modules())
+    return [
+        layer.bias
+        for layer in layers
+        if isinstance(layer, torch.nn.Linear) and layer.out_features == 1 and layer.bias is not None
+    ]
 
 
 def _is_target(name: str, target: Any) -> bool:
