@@ -48,7 +48,7 @@ def load_base(recipe: Recipe, task: Task, processor: Any) -> tuple[Any, list[str
     )
     if part.gguf_file:
         _forget_gguf(model)
-    fresh = fresh_modules(model, report["missing_keys"])
+    fresh = fresh_modules(model, {*report["missing_keys"], *_other_heads(model, report["mismatched_keys"])})
     if (answer := task.first_answer()) is not None:
         for bias in _output_biases(model, fresh):
             torch.nn.init.constant_(bias, answer)
@@ -88,7 +88,7 @@ def loading_arguments(part: ModelPart) -> dict[str, Any]:
         dtype: Any = "auto" if torch.cuda.is_available() else torch.float32
     else:
         dtype = getattr(torch, part.dtype)
-    loading: dict[str, Any] = {"dtype": dtype}
+    loading: dict[str, Any] = {"dtype": dtype, "ignore_mismatched_sizes": True}  # `load_base` looks at what they are
     for key, value in (
         ("revision", part.revision),
         ("gguf_file", part.gguf_file),
@@ -132,6 +132,24 @@ def fresh_modules(model: Any, missing: Any) -> list[str]:
         names.add(".".join(parts[:-1]) if inner else parts[0])
     known = dict(model.named_modules())
     return sorted(name for name in names if name in known)
+
+
+def _other_heads(model: Any, mismatched: Any) -> list[str]:
+    """Parameters of a head that the checkpoint has in another size: it answers another question, and is made anew.
+
+    Raises:
+        RecipeError: A parameter below the head has another size.
+    """
+    prefix = model.base_model_prefix
+    keys = []
+    for key, stored, wanted in mismatched:
+        if not hasattr(model, prefix) or key.split(".")[0] == prefix:
+            raise RecipeError(
+                f"model.config: {key} is {tuple(stored)} in the checkpoint and {tuple(wanted)} in the model; leave out "
+                "of model.config what changes sizes"
+            )
+        keys.append(key)
+    return keys
 
 
 def whole_modules(recipe: Recipe, model: Any, fresh: list[str]) -> list[str]:
