@@ -16,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 @pytest.fixture(scope="module")
 def measured():
+    torch.set_num_threads(1)  # before the fixture that does it for every test
     return {
         **cuda.measure(torch.device("cpu"), shapes=(NARROW,), steps=26, turn=1),
         "machine": {**overhead._machine(), "gpu": "none", "commit": ""},

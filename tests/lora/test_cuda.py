@@ -70,7 +70,7 @@ def train(model, optimizer, steps, *, run=None, **where):
     losses = []
     for step in steps:
         torch.manual_seed(1000 + step)
-        loss = loss_of(run or model, *batch(step, **where))
+        loss = loss_of(model if run is None else run, *batch(step, **where))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
