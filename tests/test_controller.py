@@ -198,9 +198,9 @@ def test_a_refused_attach_leaves_the_model_as_it_was(settings):
     """Scale and forward pass are PEFT's still, so a corrected call gives the same run as a first one."""
     model = lora()
     with pytest.raises(ConfigError):
-        adalora.attach(model, target_rank=2, **settings)
+        adalora.attach(model, target_rank=2, scale="matched", **settings)
     assert adalora.controllers(model) == {}
-    controller = adalora.attach(model, target_rank=2, total_steps=20)
+    controller = adalora.attach(model, target_rank=2, scale="matched", total_steps=20)
     assert controller.handles[0].scale == 12 / RANK * 3 / 2  # α/r over √(r₀/r), rounded
     assert model.peft_config["default"].lora_alpha == 18
 
