@@ -3,10 +3,17 @@
 ΔW = s · P · diag(λ) · Q with P [d_out, r] and Q [r, d_in]. In a Linear layer P is `lora_B` and Q `lora_A`; in an
 Embedding, whose weight is transposed, P is `lora_embedding_A`ᵀ and Q `lora_embedding_B`ᵀ: P is always the factor that
 PEFT starts at zero.
+
+In a convolution with G groups PEFT's `lora_B` [d_out, r/G] is grouped as well: the outputs of each group have r/G
+triplets of their own, and PEFT wants as many for each. There a triplet, as all else counts them, is the k-th of every
+group: a column of `lora_B` with the G rows of `lora_A` that feed it. It is scored, pruned and removed as one. What is
+about singular vectors goes group by group: `P_gor`, `Q_gri` and `lambda_gr`, whose first dimension is 1 for all other
+layers. How they lie in memory is told in `adalora.lora.groups`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from adalora.errors import AttachError
 from adalora.lora.forward import TripletVariant
+from adalora.lora.groups import by_group, length_along, places_along
 
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # values of init_lora_weights
 
@@ -50,13 +58,14 @@ class TripletHandle:
     _counted: tuple[Tensor | None, int, int] = field(default=(None, 0, 0), repr=False)
 
     def __post_init__(self) -> None:
+        self.groups = 1 if self.is_embedding else getattr(self.layer.lora_B[self.adapter], "groups", 1)
         self.mask = torch.ones(self.rank, dtype=torch.bool)
-        self.d_out, self.d_in = self.P_or.shape[0], self.Q_ri.shape[1]
+        self.d_out, self.d_in = self.P_or.shape[0], self.Q_gri.shape[2]
         self.measure_rows()
 
     def measure_rows(self) -> None:
         """Set ρ from Q as it is."""
-        self.row_norm = float(self.Q_ri.float().square().sum(dim=1).mean().sqrt())
+        self.row_norm = float(self.Q_gri.float().square().sum(dim=2).mean().sqrt())
 
     @property
     def is_embedding(self) -> bool:
@@ -88,7 +97,7 @@ class TripletHandle:
 
     @property
     def lambda_parameter(self) -> nn.Parameter | None:
-        """The parameter behind λ, [r]; None where P carries it."""
+        """The parameter behind λ, [groups · r]; None where P carries it."""
         if self.whole:
             return self.whole.get("lambda")
         weights = getattr(self.layer, "lora_lambda", None)
@@ -133,8 +142,12 @@ class TripletHandle:
         return tensor.T if self.is_embedding else tensor.flatten(1)
 
     def as_Q(self, tensor: Tensor) -> Tensor:
-        """View a tensor shaped like `Q_parameter` as [r, d_in]."""
-        return tensor.T if self.is_embedding else tensor.flatten(1)
+        """A tensor shaped like `Q_parameter` as [r, groups · d_in]: a view, but for several groups a copy."""
+        return tensor.T if self.is_embedding else self.by_group(tensor.flatten(1)).transpose(0, 1).flatten(1)
+
+    def by_group(self, tensor: Tensor) -> Tensor:
+        """View something whose rows lie group after group as [groups, …]."""
+        return by_group(tensor, self.groups)
 
     @property
     def P_or(self) -> Tensor:
@@ -143,19 +156,52 @@ class TripletHandle:
 
     @property
     def Q_ri(self) -> Tensor:
-        """Q, [r, d_in], sharing the parameter's memory, outside the graph."""
+        """Q, [r, groups · d_in], outside the graph; shares the parameter's memory where there is one group."""
         return self.as_Q(_dense(self.Q_parameter).detach())
+
+    @property
+    def P_gor(self) -> Tensor:
+        """P of each group, [groups, d_out / groups, r], sharing the parameter's memory."""
+        return self.by_group(self.P_or)
+
+    @property
+    def Q_gri(self) -> Tensor:
+        """Q of each group, [groups, r, d_in], sharing the parameter's memory."""
+        Q = _dense(self.Q_parameter).detach()
+        return self.by_group(Q.T if self.is_embedding else Q.flatten(1))
+
+    @property
+    def lambda_gr(self) -> Tensor | None:
+        """λ of each group, [groups, r], sharing the parameter's memory; None where P carries it."""
+        weights = self.lambda_parameter
+        return None if weights is None else self.by_group(weights.detach())
 
     @property
     def left_or(self) -> Tensor:
         """P·diag(λ), [d_out, r]: what a plain LoRA file holds, up to `gain`. A copy where λ is a parameter."""
-        weights = self.lambda_parameter
-        return self.P_or if weights is None else self.P_or * weights.detach()
+        weights = self.lambda_gr
+        return self.P_or if weights is None else (self.P_gor * weights.unsqueeze(1)).flatten(0, 1)
+
+    def length(self, rank: int, dim: int) -> int:
+        """Size of a factor's dimension `dim` that counts triplets, where there are `rank` of them."""
+        return length_along(dim, rank=rank, groups=self.groups)
+
+    def places(self, triplets: Sequence[int], dim: int) -> list[int]:
+        """Where some triplets lie along a factor's dimension `dim`, ascending."""
+        return places_along(dim, triplets, rank=self.rank, groups=self.groups)
 
     @property
     def rank(self) -> int:
         """Triplets held in memory, pruned ones included."""
-        return 0 if self.removed else self.Q_parameter.shape[self.Q_dim]
+        return 0 if self.removed else self.rank_of(self.Q_parameter.shape)
+
+    def rank_of(self, Q_shape: Sequence[int]) -> int:
+        """Triplets of a layer whose `Q_parameter` has this shape."""
+        return Q_shape[self.Q_dim] // self.groups
+
+    def lora_rank(self, rank: int) -> int:
+        """PEFT's r where there are `rank` triplets."""
+        return rank * self.groups
 
     @property
     def live_rank(self) -> int:
@@ -183,8 +229,8 @@ class TripletHandle:
 
     @property
     def parameters_per_triplet(self) -> int:
-        """d_out + d_in: what one triplet costs in the saved adapter."""
-        return self.d_out + self.d_in
+        """d_out + groups · d_in: what one triplet costs in the saved adapter."""
+        return self.d_out + self.groups * self.d_in
 
     def describe(self) -> dict[str, Any]:
         """The module's line in the history."""
@@ -193,6 +239,7 @@ class TripletHandle:
             "kind": type(self.layer.get_base_layer()).__name__,
             "d_out": self.d_out,
             "d_in": self.d_in,
+            "groups": self.groups,
             "rank": self.rank,
             "parameters_per_triplet": self.parameters_per_triplet,
         }
@@ -270,17 +317,10 @@ def _refuse_unsupported(name: str, layer: Any, adapter: str) -> None:
         )
     if layer.lora_bias.get(adapter):
         raise AttachError(f"{name}: lora_bias=True is not supported (servers drop it); use LoraConfig(lora_bias=False)")
-    base = layer.get_base_layer()
     if isinstance(layer, peft_layers.ParamWrapper):
         raise AttachError(
             f"{name}: LoRA on parameters (target_parameters) shares one factor among experts and has no triplets; "
             "target modules instead"
-        )
-    if getattr(base, "groups", 1) != 1:
-        raise AttachError(
-            f"{name}: convolution with groups={base.groups}: each triplet reaches one group's outputs alone, and PEFT "
-            "loads only ranks that are a multiple of the groups, as many triplets for each: a single one cannot be "
-            "pruned, nor does PEFT merge such a layer; leave it out of target_modules"
         )
     factors = [*layer.lora_A.parameters(), *layer.lora_embedding_A.parameters()]
     if any(isinstance(p, DTensor) for p in factors):
