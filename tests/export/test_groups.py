@@ -74,6 +74,7 @@ def trained(tmp_path=None, *, steps=40, **given):
 @pytest.fixture(scope="module", params=["lora", "svd"])
 def run(request):
     """Of each parametrization one, for what only looks at it."""
+    torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return trained(parametrization=request.param)
