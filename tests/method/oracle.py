@@ -56,11 +56,11 @@ class Module:
         return [*found, layer.lora_lambda[name]] if self.own_lambda else found
 
     def matrix(self, number, tensor):
-        """[d_out, r], [r, d_in] and [r] in float64, a copy, of what is shaped like one of the parameters.
+        """[d_out, r], [r, d_in] and [r] in float64 on the CPU, a copy, of what is shaped like one of the parameters.
 
         Of a convolution with groups: [d_out, r], [r, groups · d_in] and [groups, r].
         """
-        tensor = tensor.detach().double().clone()
+        tensor = tensor.detach().cpu().double().clone()
         if self.groups > 1 and number:
             rank = len(tensor) // self.groups
             rows = [tensor[k::rank].flatten() for k in range(rank)]  # triplet k of the first group, of the second, …
