@@ -20,15 +20,12 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora import layer as peft_layers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from adalora.errors import AttachError
-from adalora.lora.forward import TripletVariant
 from adalora.lora.groups import by_group, length_along, places_along
-
-CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # values of init_lora_weights
+from adalora.lora.refusals import no_layer_message, refuse_changed_base, refuse_unsupported
 
 
 @dataclass(eq=False)
@@ -277,59 +274,11 @@ def find_triplets(model: nn.Module, adapter: str) -> list[TripletHandle]:
     layers = [(name, m) for name, m in base_model(model).named_modules() if isinstance(m, LoraLayer)]
     mine = [(n, m) for n, m in layers if adapter in m.lora_A or adapter in m.lora_embedding_A]
     if not mine:
-        raise AttachError(_no_layer_message(model, layers, adapter))
-    _refuse_changed_base(model, adapter)
+        raise AttachError(no_layer_message(model, layers, adapter))
+    refuse_changed_base(model, adapter)
     for name, layer in mine:
-        _refuse_unsupported(name, layer, adapter)
+        refuse_unsupported(name, layer, adapter)
     return [TripletHandle(name=n, layer=m, adapter=adapter) for n, m in mine]
-
-
-def _no_layer_message(model: nn.Module, layers: list[tuple[str, Any]], adapter: str) -> str:
-    if not layers:
-        return (
-            f"{type(model).__name__} has no LoRA layer. Make one first: "
-            'model = peft.get_peft_model(model, peft.LoraConfig(r=12, target_modules="all-linear"))'
-        )
-    names = sorted({key for _, m in layers for key in (*m.lora_A, *m.lora_embedding_A)})
-    return f"no LoRA layer carries an adapter named {adapter!r}; the model has {', '.join(map(repr, names))}"
-
-
-def _refuse_changed_base(model: nn.Module, adapter: str) -> None:
-    """Starts that take the adapter's first product out of the base weight need its ranks again at loading."""
-    start = getattr(getattr(model, "peft_config", {}).get(adapter), "init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
-        raise AttachError(
-            f"init_lora_weights={start!r} changes the base weights, and a saved adapter whose ranks have changed no "
-            'longer fits them. Use init_lora_weights="eva", or adalora.GradientSketch(model, batches).initialize(), '
-            "which leave the base as it is"
-        )
-
-
-def _refuse_unsupported(name: str, layer: Any, adapter: str) -> None:
-    if layer.merged:
-        raise AttachError(f"{name}: adapter is merged into the base weight; call model.unmerge_adapter() first")
-    variant = layer.lora_variant.get(adapter)
-    if variant is not None and not isinstance(variant, TripletVariant):
-        kind = type(variant).__name__
-        raise AttachError(
-            f"{name}: {kind} is not plain LoRA and its extra terms do not split into triplets; "
-            "leave its option (use_dora, alora, …) out of LoraConfig"
-        )
-    if layer.lora_bias.get(adapter):
-        raise AttachError(f"{name}: lora_bias=True is not supported (servers drop it); use LoraConfig(lora_bias=False)")
-    if isinstance(layer, peft_layers.ParamWrapper):
-        raise AttachError(
-            f"{name}: LoRA on parameters (target_parameters) shares one factor among experts and has no triplets; "
-            "target modules instead"
-        )
-    factors = [*layer.lora_A.parameters(), *layer.lora_embedding_A.parameters()]
-    if any(isinstance(p, DTensor) for p in factors):
-        raise AttachError(f"{name}: the adapter is sharded already; call adalora.attach(model) before fully_shard")
-    if any(p.is_meta for p in factors):
-        raise AttachError(
-            f"{name}: the adapter has no values yet (low_cpu_mem_usage=True); load it, or use "
-            "get_peft_model(model, config) without low_cpu_mem_usage"
-        )
 
 
 def fresh(handles: list[TripletHandle]) -> bool:
