@@ -168,9 +168,11 @@ def _sums(scores: Tensor, ranks: list[int]) -> list[float]:
 
 
 def _spectrum(handle: TripletHandle) -> list[float | None]:
-    """Singular values of one module's update; unknown where training has diverged."""
+    """Singular values of one module's update, those of its groups together; unknown where training has diverged."""
     if handle.rank == 0:
         return []
     if not bool(handle.left_or.isfinite().all() and handle.Q_ri.isfinite().all()):
-        return [None] * handle.rank
-    return list((factored_svd(handle.left_or, handle.Q_ri)[1] * handle.scale).tolist())
+        return [None] * handle.lora_rank(handle.rank)
+    parts = zip(handle.by_group(handle.left_or), handle.Q_gri)
+    values = torch.cat([factored_svd(P_or, Q_ri)[1] for P_or, Q_ri in parts]) * handle.scale
+    return list(values.sort(descending=True).values.tolist())

@@ -93,7 +93,7 @@ def _before_load_state_dict(model: nn.Module, state_dict: Mapping[str, Any], pre
             keys = [f"{prefix}{names[id(h.layer)]}.{key}" for key in h.Q_keys]
             found = next((state_dict[key] for key in keys if key in state_dict), None)
             gone = 0 if strict or controller.expects_all_layers else h.rank
-            ranks.append(gone if found is None else found.shape[h.Q_dim])
+            ranks.append(gone if found is None else h.rank_of(found.shape))
         if any(ranks):
             controller.fit_to(ranks)
 

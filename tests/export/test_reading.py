@@ -76,19 +76,6 @@ def test_embeddings_and_convolutions(tmp_path):
         assert torch.allclose(got, delta, atol=1e-5)
 
 
-def test_a_grouped_convolution_is_refused(tmp_path):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(4, 4, 3, groups=2)
-
-    with pytest.warns(UserWarning, match="groups"):
-        model = peft.get_peft_model(Net(), peft.LoraConfig(r=2, target_modules=["conv"]))
-    model.save_pretrained(tmp_path)
-    with pytest.raises(AdapterFileError, match="grouped convolution"):
-        read_adapter(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -5,6 +5,7 @@ orthogonality term, averages, scores, budget, masks, the weights after the step.
 code with the package but `adalora.core.reference`.
 """
 
+import math
 from fractions import Fraction
 
 import torch
@@ -20,6 +21,7 @@ class Module:
     """One adapted layer as the oracle knows it.
 
     Attributes:
+        groups: Of a convolution. The k-th triplets of all groups are one: a column of P, the rows of Q that feed it.
         averages: Of its triplets that are still in memory.
         live: Which of those are not pruned.
         length: ρ, what decoupled regularisation and singular vectors give Q's rows; fixed when training starts.
@@ -28,9 +30,10 @@ class Module:
     def __init__(self, layer, adapter, own_lambda):
         self.layer, self.adapter, self.own_lambda = layer, adapter, own_lambda
         self.live = [True]
+        self.groups = 1 if adapter in layer.lora_embedding_A else getattr(layer.lora_B[adapter], "groups", 1)
         P, Q = self.matrices()[:2]
         self.d_out, self.d_in, self.live = len(P), Q.shape[1], [True] * len(Q)
-        self.length = float(Q.square().sum(dim=1).mean().sqrt())
+        self.length = float((Q.square().sum(dim=1) / self.groups).mean().sqrt())
         self.forget()
 
     @property
@@ -53,11 +56,24 @@ class Module:
         return [*found, layer.lora_lambda[name]] if self.own_lambda else found
 
     def matrix(self, number, tensor):
-        """[d_out, r], [r, d_in] and [r] in float64 on the CPU, a copy, of what is shaped like one of the parameters."""
+        """[d_out, r], [r, d_in] and [r] in float64 on the CPU, a copy, of what is shaped like one of the parameters.
+
+        Of a convolution with groups: [d_out, r], [r, groups · d_in] and [groups, r].
+        """
         tensor = tensor.detach().cpu().double().clone()
+        if self.groups > 1 and number:
+            rank = len(tensor) // self.groups
+            rows = [tensor[k::rank].flatten() for k in range(rank)]  # triplet k of the first group, of the second, …
+            return torch.stack(rows, dim=number - 1)
         if number == 2:
             return tensor
         return tensor.T if self.adapter in self.layer.lora_embedding_A else tensor.flatten(1)
+
+    def by_group(self, parts):
+        """P, Q and, where it is one, λ of each group alone: what has singular vectors of its own."""
+        P, Q, *rest = parts
+        weights = [w.view(self.groups, -1) for w in rest]
+        return list(zip(P.chunk(self.groups), Q.chunk(self.groups, dim=1), *weights))
 
     def matrices(self):
         return [self.matrix(k, p) for k, p in enumerate(self.parameters)]
@@ -133,7 +149,8 @@ class Oracle:
         if config.orthogonality not in ("squared", "released") or not config.orthogonality_weight:
             return gradients
         factors = [[t.clone().requires_grad_() for t in parts[:2]] for parts in weights if parts]
-        gaps = [gram - torch.eye(len(gram), dtype=torch.float64) for P, Q in factors for gram in (P.T @ P, Q @ Q.T)]
+        alone = [pair for m, pair in zip([m for m in self.modules if m.rank], factors) for pair in m.by_group(pair)]
+        gaps = [gram - torch.eye(len(gram), dtype=torch.float64) for P, Q in alone for gram in (P.T @ P, Q @ Q.T)]
         if config.orthogonality == "squared":
             term = config.orthogonality_weight * sum(gap.square().sum() for gap in gaps)
         else:
@@ -160,6 +177,9 @@ class Oracle:
         for m, parts, mine in zip(self.modules, weights, gradients):
             if parts and mine is not None:
                 named = {"weights": parts[2], "grad_weights": mine[2]} if m.own_lambda else {}
+                if m.own_lambda and m.groups > 1:  # ∂/∂c of a factor c on the λ of all groups
+                    slope = (parts[2] * mine[2]).sum(dim=0)
+                    named = {"weights": torch.ones_like(slope), "grad_weights": slope}
                 m.averages.observe(
                     P=parts[0],
                     grad_P=mine[0],
@@ -181,16 +201,18 @@ class Oracle:
             if not parts or (free and m.rank < 2):
                 result.append(parts)
                 continue
-            P, Q = (t.clone().requires_grad_() for t in parts[:2])
-            left, right, eye = P.T @ P, Q @ Q.T, torch.eye(m.rank, dtype=torch.float64)
-            if free:
-                longest = left.diagonal().max().detach().clamp_min(torch.finfo(torch.float32).tiny)
-                terms = (left * (1 - eye)).square().sum() / longest, (right / m.length - m.length * eye).square().sum()
-            else:
-                terms = (left - eye).square().sum(), (right - eye).square().sum()
-            slopes = torch.autograd.grad(sum(terms), (P, Q))
+            whole, terms = [t.clone().requires_grad_() for t in parts[:2]], []
+            for P, Q in m.by_group(whole):
+                left, right, eye = P.T @ P, Q @ Q.T, torch.eye(m.rank, dtype=torch.float64)
+                if free:
+                    longest = left.diagonal().max().detach().clamp_min(torch.finfo(torch.float32).tiny)
+                    terms.append((left * (1 - eye)).square().sum() / longest)
+                    terms.append((right / m.length - m.length * eye).square().sum())
+                else:
+                    terms += [(left - eye).square().sum(), (right - eye).square().sum()]
+            slopes = torch.autograd.grad(sum(terms), whole)
             size = lr * config.orthogonality_weight
-            result.append([(t - size * slope).detach() for t, slope in zip((P, Q), slopes)] + parts[2:])
+            result.append([(t - size * slope).detach() for t, slope in zip(whole, slopes)] + parts[2:])
         return result
 
     def scores(self, weights, *, draw=False):
@@ -203,10 +225,13 @@ class Oracle:
         result = []
         for m, parts in zip(self.modules, weights):
             for i in range(m.rank):
-                size = abs(float(parts[2][i])) if m.own_lambda else 1.0
-                if kind == "magnitude":
-                    size *= float(parts[0][:, i].norm() * parts[1][i].norm()) * self.scale(m)
-                result.append(size)
+                sizes = []
+                for P, Q, *weights in m.by_group(parts):
+                    size = abs(float(weights[0][i])) if weights else 1.0
+                    if kind == "magnitude":
+                        size *= float(P[:, i].norm() * Q[i].norm()) * self.scale(m)
+                    sizes.append(size)
+                result.append(math.hypot(*sizes))
         return result
 
     @staticmethod
@@ -307,6 +332,21 @@ def as_singular_vectors(parts, before, live, *, length):
         torch.testing.assert_close(P.T @ P, eye, **close)
     else:
         torch.testing.assert_close(P.T @ P, torch.diag(singular.square()) / length**2, **close)
+
+
+class Grouped(nn.Module):
+    """Convolutions with groups in the middle."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(9, 6)
+        self.mix = nn.Conv1d(6, 8, 2, groups=2)
+        self.deep = nn.Conv2d(4, 6, (2, 1), groups=2)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, words, *, extra=True):
+        h = torch.tanh(self.mix(self.words(words).transpose(1, 2)))
+        return self.out(torch.tanh(self.deep(h.unflatten(1, (4, 2)))).mean(dim=(2, 3)))
 
 
 def layers_of(model, names, *, own_lambda, adapter="default"):

@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 import torch
-from oracle import Oracle, Sometimes, as_singular_vectors, layers_of
+from oracle import Grouped, Oracle, Sometimes, as_singular_vectors, layers_of
 from toys import Blocks, adamw, batch, lora
 
 import adalora
@@ -24,7 +24,15 @@ SVD = {"parametrization": "svd"}
 COUPLED = {**SVD, "initialization": "gaussian", "orthogonality": "squared", "orthogonality_weight": 0.2}
 SCORES = get_args(config_module.Importance)
 SCHEDULES = [*get_args(config_module.Schedule), 1.0, 1.5, 2.0, 6.0, 0.4]
+GROUPED = {"rank_pattern": {"mix": 6, "deep": 6}}  # three triplets in each group
 GROUPS = {"query": 0.5, "down": 1, "head": 2}
+
+
+TARGETS = {
+    Blocks: ["query", "down", "head"],
+    Sometimes: ["words", "mix", "first", "second", "out"],
+    Grouped: ["words", "mix", "deep", "out"],
+}
 
 
 @dataclass
@@ -145,6 +153,22 @@ def others():
         yield f"bad_gradients_{name}", Mode(kind, bad=9)
         yield f"unequal_ranks_{name}", Mode(kind, lora={"rank_pattern": {"query": 2, "head": 1}})
         yield f"rslora_{name}", Mode({**kind, "importance": "magnitude"}, lora={"use_rslora": True})
+        for mode, given in {
+            "grouped": {"target_rank": 2},
+            "grouped_parameters": {"total_parameters": 130},
+            "grouped_magnitude": {"target_rank": 2, "importance": "magnitude"},
+            "grouped_compact": {"target_rank": 2, "compact": True, "compact_at": (0.5,)},
+            "grouped_reorthonormalize": {"target_rank": 2, "reorthonormalize": True, "allocation_interval": 11},
+            "grouped_bounds": {"target_rank": 2.5, "min_rank": {"mix": 1, "deep": 2}, "max_rank": {"mix": 5, "out": 2}},
+        }.items():
+            yield f"{mode}_{name}", Mode({**kind, **given}, lora=GROUPED, base=Grouped)
+    for mode, given in {
+        "scale": {"scale": "matched", "importance": "magnitude"},
+        "lambda_magnitude": {"importance": "lambda_magnitude"},
+        "released": {**COUPLED, "orthogonality": "released"},
+        "squared": COUPLED,
+    }.items():
+        yield f"grouped_{mode}", Mode({**SVD, "target_rank": 2, **given}, lora=GROUPED, base=Grouped)
     yield "revival_coupled_every_layer", Mode({**COUPLED, "target_rank": 1}, base=Sometimes)
     for scale in ("target", "initial", 0.7):
         yield f"scale_{scale}", Mode({"scale": scale, "importance": "magnitude"})
@@ -202,13 +226,14 @@ def targets_of(config, modules, names, prices):
     """b_T of each group, and each module's group: own budgets, the rest in proportion with the largest remainders."""
     kinds = list(dict.fromkeys(group_of(name, config.budget_scope) for name in names))
     group = [kinds.index(group_of(name, config.budget_scope)) for name in names]
-    price = [sum(p for p, g in zip(prices, group) if g == k) for k in range(len(kinds))]
+    of_rank_1 = [p / m.groups for p, m in zip(prices, modules)]
+    price = [sum(p for p, g in zip(of_rank_1, group) if g == k) for k in range(len(kinds))]
     full = [sum(p * m.rank for p, m, g in zip(prices, modules, group) if g == k) for k in range(len(kinds))]
     own = {kinds.index(k): round(v * price[kinds.index(k)]) for k, v in (config.group_budgets or {}).items()}
     if config.total_parameters or config.adapter_bytes:
         whole = config.total_parameters or config.adapter_bytes
     elif config.target_rank is not None:
-        whole = round(config.target_rank * sum(prices))
+        whole = round(config.target_rank * sum(of_rank_1))
     else:
         whole = round(config.total_rank * sum(prices) / len(prices)) if config.total_rank else sum(own.values())
     rest, sharing = whole - sum(own.values()), [k for k in range(len(kinds)) if k not in own]
@@ -225,7 +250,7 @@ def make_oracle(config, model, names, dtype):
     if config.adapter_bytes:
         prices = [size * torch.finfo(dtype).bits // 8 for size in sizes]
     elif config.budget_cost == "parameters":
-        prices = [size + (config.parametrization == "svd") for size in sizes]
+        prices = [size + (config.parametrization == "svd") * m.groups for size, m in zip(sizes, modules)]
     else:
         prices = [1] * len(sizes)
     targets, group = targets_of(config, modules, names, prices)
@@ -236,8 +261,8 @@ def make_oracle(config, model, names, dtype):
         prices=prices,
         targets=targets,
         groups=group,
-        floors=[of_name(config.min_rank, name, 0) for name in names],
-        caps=[of_name(config.max_rank, name, 99) for name in names],
+        floors=[-(-of_name(config.min_rank, name, 0) // m.groups) for name, m in zip(names, modules)],
+        caps=[of_name(config.max_rank, name, 99) // m.groups for name, m in zip(names, modules)],
     )
 
 
@@ -252,8 +277,7 @@ class Run:
     def __init__(self, mode, device="cpu"):
         self.mode, self.device = mode, device
         torch.manual_seed(1)
-        targets = ["query", "down", "head"] if mode.base is Blocks else ["words", "mix", "first", "second", "out"]
-        self.model = lora(r=3, targets=targets, base=mode.base, **mode.lora).to(device, mode.dtype)
+        self.model = lora(r=3, targets=TARGETS[mode.base], base=mode.base, **mode.lora).to(device, mode.dtype)
         self.config = AdaLoraConfig(**settings_of(mode))
         self.controller = adalora.attach(self.model, self.config, total_steps=STEPS)
         self.oracle = make_oracle(self.config, self.model, list(self.controller.ranks), mode.dtype)
@@ -372,13 +396,15 @@ class Run:
             if not m.rank:
                 assert m.adapter not in m.layer.lora_A
                 continue
-            turned = config.reorthonormalize and oracle.allocates and 1 < sum(m.live) <= min(m.d_out, m.d_in)
+            most = min(m.d_out, m.d_in) // m.groups
+            turned = config.reorthonormalize and oracle.allocates and 1 < sum(m.live) <= most
             if not handed_over and not turned:
                 same[0].append(m.matrices())
                 same[1].append(expected)
             elif not loose:
                 length = 1.0 if m.own_lambda else m.length
-                as_singular_vectors(m.matrices(), expected, m.live, length=length)
+                for mine, theirs in zip(m.by_group(m.matrices()), m.by_group(expected)):
+                    as_singular_vectors(mine, theirs, m.live, length=length)
         close = {"rtol": 1e-2, "atol": 1e-3} if loose else {"rtol": 1e-5, "atol": 1e-6}
         torch.testing.assert_close(flat(same[0]), flat(same[1]), **close)
         assert [h.live_rank for h in self.controller.handles] == [sum(m.live) for m in oracle.modules]
@@ -397,6 +423,7 @@ TABLE = [pytest.param(name, marks=pytest.mark.slow) if COMBINED.fullmatch(name) 
 
 # True of the ratio, which is dimensionless noise near a minimum, and of small models with odd settings.
 @pytest.mark.filterwarnings("ignore::adalora.errors.AdaLoraWarning")
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
 @pytest.mark.parametrize("name", TABLE)
 def test_controller_and_oracle_agree_at_every_step(name):
     run = Run(MODES[name])

@@ -109,15 +109,6 @@ def test_what_peft_does_with_grouped_convolutions(cls, groups, tmp_path):
         lora(layer, r=3)
 
 
-@pytest.mark.parametrize("groups", [2, 4])
-@pytest.mark.parametrize("cls", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
-def test_grouped_convolutions_are_refused_with_the_reason(cls, groups):
-    model = lora(cls(4, 4, 3, groups=groups))
-    message = f"layer: convolution with groups={groups}: each triplet reaches one group's outputs alone, and PEFT loads"
-    with pytest.raises(AttachError, match=message):
-        adalora.attach(model, target_rank=1, total_steps=10)
-
-
 @pytest.mark.parametrize("parametrization", ["lora", "svd"])
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("cls", [nn.Conv1d, nn.Conv2d, nn.Conv3d])

@@ -46,8 +46,10 @@ class AdaLoraConfig(BaseModel):
     and a number of steps when it is an integer.
 
     Attributes:
-        target_rank: Budget as the average rank per module at the end. The budget unless another is given.
-        total_rank: Budget as the number of triplets in the whole model.
+        target_rank: Budget as the average rank per module at the end, as LoraConfig's `r` counts. The budget unless
+            another is given.
+        total_rank: Budget as the number of triplets in the whole model. Of a convolution with groups the k-th of all
+            groups are one: its `r` is a multiple of the groups.
         total_parameters: Budget as the number of parameters the adapter trains at the end: `300_000` or `"0.3M"`.
         adapter_bytes: Budget as the size of the adapter's tensors in a file: `1_200_000`, `"1.2MB"` or `"1MiB"`.
         budget_cost: What a triplet takes of the budget: `"rank"`, 1 each, as in the paper; `"parameters"`,
@@ -58,9 +60,9 @@ class AdaLoraConfig(BaseModel):
         group_budgets: Budgets of single groups as average ranks at the end, e.g. `{"query": 2, "down_proj": 6}` with
             `budget_scope="module_type"`. Other groups share the rest; without a budget for the model each group needs
             one, and their sum is the budget.
-        min_rank: No module keeps fewer triplets than this: one number, or numbers by module name, e.g.
+        min_rank: No module gets a smaller rank than this: one number, or numbers by module name, e.g.
             `{"layer.0.*": 2}`. A name is the module's whole name or its end, with wildcards; the first one counts.
-        max_rank: No module keeps more triplets than this from the first allocation on; by name as well, e.g.
+        max_rank: No module keeps a larger rank than this from the first allocation on; by name as well, e.g.
             `{"key": 0}`. Together the caps must leave as much as the budget has.
         warmup: Span at full rank before the budget shrinks (t_i).
         final: Span at the target budget (t_f).

@@ -1,4 +1,8 @@
-"""A LoRA adapter in memory, whatever file it came from: per module ΔW = left · diag(values) · right."""
+"""A LoRA adapter in memory, whatever file it came from: per module ΔW = left · diag(values) · right.
+
+Of a convolution with groups the k-th triplets of all groups are one, as in training: a column of left, and a row of
+right that holds one group's Q after the other. Each group's part of left is multiplied with its own part of right.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +30,11 @@ class Factor:
         kind: `linear`, `embedding` or `conv`.
         left: P, [d_out, r] float32 (float64 where the file was).
         values: λ times the scale, [r], same dtype.
-        right: Q, [r, d_in]; for a convolution d_in = in_channels · kernel size, for an
+        right: Q, [r, d_in]; for a convolution d_in = groups · in_channels · kernel size, for an
             embedding the vocabulary.
         dtype: The dtype in the file.
         kernel: (in_channels, kernel…) of a convolution, else empty.
+        groups: Of a convolution, else 1.
     """
 
     name: str
@@ -39,11 +44,17 @@ class Factor:
     right: Tensor
     dtype: torch.dtype = torch.float32
     kernel: tuple[int, ...] = ()
+    groups: int = 1
 
     @property
     def rank(self) -> int:
         """Number of triplets that the file holds."""
         return self.right.shape[0]
+
+    @property
+    def lora_rank(self) -> int:
+        """PEFT's r: as many triplets for each group."""
+        return self.rank * self.groups
 
     @property
     def d_out(self) -> int:
@@ -52,7 +63,7 @@ class Factor:
 
     @property
     def d_in(self) -> int:
-        """Columns of ΔW."""
+        """Columns of ΔW, times the groups of a convolution: what a triplet's Q holds."""
         return self.right.shape[1]
 
     @property
@@ -71,18 +82,28 @@ class Factor:
         return self.name.rsplit(".", 1)[-1]
 
     def product(self) -> tuple[Tensor, Tensor]:
-        """(left · diag(values), right): the B and A of a LoRA with scale 1."""
-        return self.left * self.values, self.right
+        """(left · diag(values), right): the B and A of a LoRA with scale 1.
+
+        Of several groups B is block-diagonal, [d_out, groups · r], and A [groups · r, d_in / groups].
+        """
+        B = self.left * self.values
+        if self.groups == 1:
+            return B, self.right
+        return block_diagonal(B, self.groups), self.by_group().flatten(0, 1)
+
+    def by_group(self) -> Tensor:
+        """Q of each group, [groups, r, d_in / groups]."""
+        return self.right.reshape(self.rank, self.groups, self.d_in // self.groups).transpose(0, 1)
 
     def delta(self) -> Tensor:
         """ΔW, [d_out, d_in]."""
         B, A = self.product()
         return B @ A
 
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Exact U, S, Vh of ΔW in float64; see `factored_svd`."""
-        B, A = self.product()
-        return factored_svd(B.double(), A.double())
+    def svd(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Exact U, S, Vh of each group's ΔW in float64; see `factored_svd`."""
+        parts = zip((self.left * self.values).chunk(self.groups), self.by_group())
+        return [factored_svd(B.double(), A.double()) for B, A in parts]
 
 
 @dataclass(frozen=True)
@@ -109,13 +130,13 @@ class Adapter:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Module name -> rank."""
-        return {name: f.rank for name, f in self.factors.items()}
+        """Module name -> r."""
+        return {name: f.lora_rank for name, f in self.factors.items()}
 
     @property
     def max_rank(self) -> int:
-        """Largest rank of any module."""
-        return max((f.rank for f in self.factors.values()), default=0)
+        """Largest r of any module."""
+        return max((f.lora_rank for f in self.factors.values()), default=0)
 
     @property
     def leaves(self) -> list[str]:
@@ -137,6 +158,14 @@ class Adapter:
     def replace(self, factors: Mapping[str, Factor]) -> Adapter:
         """The same adapter with other factors."""
         return dataclasses.replace(self, factors=dict(factors))
+
+
+def block_diagonal(B: Tensor, groups: int) -> Tensor:
+    """A grouped convolution's lora_B, [d_out, r], as what multiplies all rows of its lora_A, [d_out, groups · r]."""
+    each, r = B.shape[0] // groups, B.shape[1]
+    whole, index = B.new_zeros(groups, each, groups, r), torch.arange(groups)
+    whole[index, :, index] = B.view(groups, each, r)
+    return whole.view(groups * each, groups * r)
 
 
 def norm(P: Tensor, Q: Tensor) -> float:
@@ -169,7 +198,7 @@ def make_factor(name: str, A: Tensor, B: Tensor, scale: float | Tensor, *, kind:
     Args:
         name: Module name.
         A: [r, d_in], or [r, in_channels, *kernel] of a convolution.
-        B: [d_out, r], or [d_out, r, 1, …] of a convolution.
+        B: [d_out, r], or [d_out, r / groups, 1, …] of a convolution.
         scale: A number, or one value for each triplet, [r].
         kind: `linear` or `embedding`; `conv` is seen from the shapes.
 
@@ -178,15 +207,17 @@ def make_factor(name: str, A: Tensor, B: Tensor, scale: float | Tensor, *, kind:
     """
     shapes = f"{name}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}"
     kernel: tuple[int, ...] = ()
+    groups = 1
     if not (A.is_floating_point() and B.is_floating_point()):
         raise AdapterFileError(f"{shapes} are {A.dtype} and {B.dtype}; float matrices are wanted")
     if A.dim() > 2 and kind == "linear":
         if A.dim() != B.dim() or any(n != 1 for n in B.shape[2:]):
             raise AdapterFileError(f"{shapes} are no convolution's LoRA")
-        if B.shape[1] != A.shape[0]:
-            raise AdapterFileError(f"{shapes} are of a grouped convolution, which has no low-rank ΔW; keep it in PEFT")
+        groups = A.shape[0] // max(1, B.shape[1])
+        if groups < 1 or groups * B.shape[1] != A.shape[0] or B.shape[0] % groups:
+            raise AdapterFileError(f"{shapes} share neither a rank nor a number of groups; the file is damaged")
         kind, kernel = "conv", tuple(A.shape[1:])
-        A, B = A.flatten(1), B.flatten(1)
+        A, B = A.reshape(groups, B.shape[1], -1).transpose(0, 1).flatten(1), B.flatten(1)
     if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
         raise AdapterFileError(f"{shapes} do not share a rank; the file is damaged or of another method")
     dtype = A.dtype if torch.finfo(A.dtype).bits >= torch.finfo(B.dtype).bits else B.dtype
@@ -195,4 +226,4 @@ def make_factor(name: str, A: Tensor, B: Tensor, scale: float | Tensor, *, kind:
     values = torch.as_tensor(scale, dtype=work).flatten().expand(A.shape[0]).clone()
     if not all(torch.isfinite(t).all() for t in (left, right, values)):
         raise AdapterFileError(f"{name}: NaN or infinity in the adapter; it cannot be exported")
-    return Factor(name, kind, left.contiguous(), values, right.contiguous(), dtype, kernel)
+    return Factor(name, kind, left.contiguous(), values, right.contiguous(), dtype, kernel, groups)

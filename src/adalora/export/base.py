@@ -6,6 +6,7 @@ read), else from the adapter's own names: every layer number it shows times ever
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ class Site:
     Attributes:
         kind: `linear`, `embedding` or `conv`.
         d_out: Rows of ΔW.
-        d_in: Columns of ΔW.
+        d_in: Columns of ΔW, times the groups of a convolution.
     """
 
     kind: Kind
@@ -133,7 +134,8 @@ def _site(module: torch.nn.Module) -> Site | None:
     if isinstance(module, torch.nn.Embedding):
         return Site("embedding", module.embedding_dim, module.num_embeddings)
     if isinstance(module, torch.nn.modules.conv._ConvNd):
-        return Site("conv", module.out_channels, int(module.weight[0].numel()))
+        columns = module.in_channels * math.prod(module.kernel_size)
+        return Site("conv", module.out_channels, columns * module.groups)
     if isinstance(module, torch.nn.Linear):
         return Site("linear", module.out_features, module.in_features)
     if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):  # GPT-2's transposed linear

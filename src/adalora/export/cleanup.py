@@ -17,8 +17,20 @@ NOISE = 1e-9
 
 
 def clean_factor(factor: Factor) -> Factor:
-    """Orthonormal P and Q, λ in falling order, and only triplets that are not rounding noise."""
-    U, S, Vh = factor.svd()
+    """Orthonormal P and Q, λ in falling order, and only triplets that are not rounding noise.
+
+    Of a convolution with groups each group gets its own singular vectors; λ of the k-th ones together is their norm,
+    so that λ² is their energy, and P holds each group's share.
+    """
+    groups = factor.svd()
+    if len(groups) == 1:
+        U, S, Vh = groups[0]
+    else:
+        S_gk = torch.stack([S for _, S, _ in groups])
+        S = S_gk.norm(dim=0)
+        share_gk = S_gk / S.clamp_min(torch.finfo(S.dtype).tiny)
+        U = torch.cat([U * share for (U, _, _), share in zip(groups, share_gk)])
+        Vh = torch.cat([Vh for _, _, Vh in groups], dim=1)
     live = torch.gt(S, S[:1] * NOISE)  # [k]; S falls, so S[:1] is the largest or empty
     return replace(factor, left=U[:, live].contiguous(), values=S[live], right=Vh[live].contiguous())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -60,17 +61,16 @@ def to_tensors(factor: Factor, *, rank: int, scale: float, dtype: torch.dtype) -
 
     Args:
         factor: Its values are folded into lora_B and divided by `scale`.
-        rank: At least the factor's rank.
+        rank: r of the file, at least the factor's; a multiple of its groups.
         scale: What the reader will multiply by.
         dtype: dtype to store.
 
     Returns:
         Tensor name with PEFT's prefix -> tensor.
     """
-    B, A = factor.product()
-    B, A = B / scale, A
-    more = rank - factor.rank
-    A = torch.nn.functional.pad(A, (0, 0, 0, more)).to(dtype).contiguous()
+    B, A = factor.left * factor.values / scale, factor.by_group()
+    more = rank // factor.groups - factor.rank
+    A = torch.nn.functional.pad(A, (0, 0, 0, more)).flatten(0, 1).to(dtype).contiguous()
     B = torch.nn.functional.pad(B, (0, more)).to(dtype).contiguous()
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
         raise AdapterFileError(f"{factor.name}: values above the range of {dtype}; use --dtype bfloat16 or float32")
@@ -102,7 +102,7 @@ def portable(adapter: Adapter, base: Base, *, dtype: torch.dtype, rank_multiple:
         rank_multiple: Pad ranks to a multiple of this instead of 16, 32, 64 ….
     """
     live = {name: f for name, f in adapter.factors.items() if f.rank}
-    rank = next_rank(adapter.max_rank, rank_multiple)
+    rank = _rank_of_all(adapter, rank_multiple)
     leaves = {f.leaf for f in live.values()} or {f.leaf for f in adapter.factors.values()}
     saved = tuple(adapter.config.get("modules_to_save") or ())
     sites = {
@@ -125,6 +125,22 @@ def portable(adapter: Adapter, base: Base, *, dtype: torch.dtype, rank_multiple:
         "target_modules": sorted({f.leaf for f in factors.values()}),
     }
     return Layout(config, {**tensors, **_extras(adapter, dtype)}, tuple(notes))
+
+
+def _rank_of_all(adapter: Adapter, multiple: int | None) -> int:
+    """The one r of a portable file, which PEFT takes for a convolution where it is a multiple of its groups."""
+    step = math.lcm(*(f.groups for f in adapter.factors.values() if f.rank))
+    if multiple is not None:
+        return next_rank(adapter.max_rank, max(multiple, 0) and math.lcm(multiple, step))
+    if step == 1:
+        return next_rank(adapter.max_rank)
+    found = next((size for size in ALLOWED_RANKS if size >= adapter.max_rank and size % step == 0), None)
+    if found is None:
+        raise AdapterFileError(
+            f"portable gives all modules one rank of {', '.join(map(str, ALLOWED_RANKS))}; convolutions with groups "
+            f"want a multiple of {step}, here from {adapter.max_rank} up: --rank-multiple {step}, or --format ragged"
+        )
+    return found
 
 
 def _targets(adapter: Adapter, base: Base) -> list[str]:
@@ -165,7 +181,7 @@ def _ragged(adapter: Adapter, base: Base, *, dtype: torch.dtype, rank_multiple: 
     live = {name: f for name, f in adapter.factors.items() if f.rank}
     if not live:
         raise AdapterFileError("every module has rank 0; there is nothing to write (use --format portable)")
-    ranks = {name: next_rank(f.rank, rank_multiple or 1) for name, f in live.items()}
+    ranks = {name: next_rank(f.lora_rank, math.lcm(rank_multiple or 1, f.groups)) for name, f in live.items()}
     largest = max(ranks.values())
     tensors: dict[str, Tensor] = {}
     for name, f in live.items():

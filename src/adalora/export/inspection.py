@@ -39,7 +39,7 @@ class ModuleReport:
         kind: `linear`, `embedding` or `conv`.
         d_out: Rows of ΔW.
         d_in: Columns of ΔW.
-        rank: Rank in the file.
+        rank: r in the file.
         numerical_rank: Triplets above rounding noise.
         effective_rank: See `effective_rank`.
         energy: Share of each triplet in this module's Σσ², largest first.
@@ -105,9 +105,9 @@ def inspect_adapter(source: str | os.PathLike[str] | Adapter, *, alpha: float | 
                 name=name,
                 kind=f.kind,
                 d_out=f.d_out,
-                d_in=f.d_in,
-                rank=f.rank,
-                numerical_rank=cleaned.factors[name].rank,
+                d_in=f.d_in // f.groups,
+                rank=f.lora_rank,
+                numerical_rank=cleaned.factors[name].lora_rank,
                 effective_rank=effective_rank(cleaned.factors[name].values),
                 energy=tuple((squares / total).tolist()) if total else (),
                 norm=math.sqrt(total),

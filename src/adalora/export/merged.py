@@ -79,6 +79,11 @@ def add_factor(module: torch.nn.Module, factor: Factor) -> None:
     weight = module.weight
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         raise AdapterFileError(f"{factor.name} is quantised; merge into the unquantised base model")
+    if factor.groups > 1:
+        raise AdapterFileError(
+            f"{factor.name} is a convolution with groups={factor.groups}: its ΔW reaches inputs that the weight has no "
+            "place for, so it cannot be merged; keep the adapter beside the model (--format ragged)"
+        )
     delta = factor.delta()
     if factor.kind == "embedding" or type(module).__name__ == "Conv1D":
         delta = delta.T

@@ -67,9 +67,10 @@ def _factor(name: str, line: dict[str, Any], tensors: dict[str, Tensor]) -> Fact
         raise ValueError(name)
     work = torch.float64 if left.dtype == torch.float64 else torch.float32
     values, kernel = tensors[f"{name}.scale"].to(work), tuple(int(n) for n in line.get("kernel", ()))
-    if kernel and math.prod(kernel) != right.shape[1]:
+    groups = int(line.get("groups", 1))
+    if kernel and groups * math.prod(kernel) != right.shape[1]:
         raise ValueError(name)
-    return Factor(name, line["kind"], left.to(work), values, right.to(work), left.dtype, kernel)
+    return Factor(name, line["kind"], left.to(work), values, right.to(work), left.dtype, kernel, groups)
 
 
 def revive(adapter: Adapter, budget: float, pruned: Pruned) -> Adapter:
@@ -96,7 +97,8 @@ def revive(adapter: Adapter, budget: float, pruned: Pruned) -> Adapter:
 
 
 def _joined(first: Factor, second: Factor) -> Factor:
-    if (first.kind, first.d_out, first.d_in) != (second.kind, second.d_out, second.d_in):
+    shapes = [(f.kind, f.d_out, f.d_in, f.groups) for f in (first, second)]
+    if shapes[0] != shapes[1]:
         raise AdapterFileError(f"{first.name} has another shape in the adapter than among the pruned triplets")
     return replace(
         first,

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -98,9 +99,9 @@ def _cut(weights: dict[str, Tensor], handles: Sequence[TripletHandle], names: di
             next(f"{prefix}.{k}" for k in keys if f"{prefix}.{k}" in weights) for keys in (h.P_keys, h.Q_keys)
         )
         P, Q = weights.pop(P_key), weights.pop(Q_key)
-        kept = (h.mask | h.as_P(P).any(dim=0)).nonzero().squeeze(1)
-        if len(kept):
-            weights[P_key] = P.index_select(h.P_dim, kept).contiguous()
-            weights[Q_key] = Q.index_select(h.Q_dim, kept).contiguous()
+        kept = (h.mask | h.as_P(P).any(dim=0)).nonzero().squeeze(1).tolist()
+        if kept:
+            for key, tensor, dim in ((P_key, P, h.P_dim), (Q_key, Q, h.Q_dim)):
+                weights[key] = tensor.index_select(dim, torch.tensor(h.places(kept, dim))).contiguous()
         ranks.append(len(kept))
     return ranks

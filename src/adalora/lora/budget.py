@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Budget:
     Attributes:
         unit: What is counted.
         costs: Cost of one triplet of each module.
-        initial: Cost of all triplets, b0.
+        initial: Cost of all triplets, b0. Of a grouped convolution the k-th of all groups are one triplet here.
         target: b_T; the groups' targets sum to it.
         groups: All modules, each in one group.
         min_rank: Floor of each module.
@@ -103,12 +104,13 @@ def make_budget(config: AdaLoraConfig, handles: Sequence[TripletHandle]) -> Budg
     low, high = _limits(config, handles)
     initial = sum(cost * h.rank for cost, h in zip(costs, handles))
     members = _members(config.budget_scope, handles)
-    own = _own_targets(config, members, costs)
-    target = sum(own.values()) if _of_groups_alone(config) else _target(config, handles, costs)
+    per_rank = [cost / h.lora_rank(1) for cost, h in zip(costs, handles)]  # of an r of 1 in LoraConfig
+    own = _own_targets(config, members, per_rank)
+    target = sum(own.values()) if _of_groups_alone(config) else _target(config, costs, per_rank)
     if target > initial:
         raise ConfigError(_too_high(target, initial, unit=unit, handles=handles))
     if target < min(costs):
-        raise ConfigError(_no_triplet(config, target, unit=unit, cheapest=min(costs), modules=len(handles)))
+        raise ConfigError(_no_triplet(config, target, unit=unit, cheapest=min(costs), handles=handles))
     full = {name: sum(costs[m] * handles[m].rank for m in modules) for name, modules in members.items()}
     targets = _shares(full, own, target=target, unit=unit)
     for name, modules in members.items():
@@ -117,7 +119,7 @@ def make_budget(config: AdaLoraConfig, handles: Sequence[TripletHandle]) -> Budg
             raise ConfigError(_floor_message(config, floor, targets[name], unit=unit, first=handles[modules[0]].name))
         most = sum(costs[m] * min(high[m], handles[m].rank) for m in modules)
         if most < targets[name]:
-            price = sum(costs[m] for m in modules)
+            price = sum(per_rank[m] for m in modules)
             raise ConfigError(_cap_message(config, most, targets[name], unit=unit, group=name, price=price))
     return Budget(
         unit=unit,
@@ -131,13 +133,21 @@ def make_budget(config: AdaLoraConfig, handles: Sequence[TripletHandle]) -> Budg
 
 
 def _limits(config: AdaLoraConfig, handles: Sequence[TripletHandle]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Floor and cap of each module."""
-    names = [h.name for h in handles]
-    low = [value or 0 for value in limits("min_rank", config.min_rank, names)]
-    high = [NO_CAP if cap is None else cap for cap in limits("max_rank", config.max_rank, names)]
-    for name, floor, cap in zip(names, low, high):
-        if floor > cap:
+    """Floor and cap of each module in triplets; the config has them as ranks."""
+    names, step = [h.name for h in handles], [h.lora_rank(1) for h in handles]
+    floors = [value or 0 for value in limits("min_rank", config.min_rank, names)]
+    caps = limits("max_rank", config.max_rank, names)
+    for name, floor, cap in zip(names, floors, caps):
+        if cap is not None and floor > cap:
             raise ConfigError(f"{name}: max_rank={cap} is below min_rank={floor}: raise the one or lower the other")
+    low = [-(-floor // size) for floor, size in zip(floors, step)]
+    high = [NO_CAP if cap is None else cap // size for cap, size in zip(caps, step)]
+    for h, fewest, most in zip(handles, low, high):
+        if fewest > most:
+            raise ConfigError(
+                f"{h.name}: its rank is a multiple of {h.groups}, the groups of the convolution, and none is between "
+                f"min_rank and max_rank: min_rank={{{h.name!r}: {most * h.groups}}}"
+            )
     if not any(high):
         raise ConfigError(f"max_rank={config.max_rank} leaves no triplet in {len(handles)} modules: allow some module")
     return tuple(low), tuple(high)
@@ -151,8 +161,8 @@ def _floor_message(config: AdaLoraConfig, floor: int, budget: int, *, unit: str,
     )
 
 
-def _cap_message(config: AdaLoraConfig, most: int, budget: int, *, unit: str, group: str, price: int) -> str:
-    """Caps that leave less than the budget has; `price` is that of one triplet in each of the group's modules."""
+def _cap_message(config: AdaLoraConfig, most: int, budget: int, *, unit: str, group: str, price: float) -> str:
+    """Caps that leave less than the budget has; `price` is that of a rank of 1 in each of the group's modules."""
     average = int(100 * most / price) / 100
     where = "" if config.budget_scope == "global" else f" in the {config.budget_scope} {group!r}"
     amounts = {"target_rank": average, "total_rank": most, "total_parameters": most, "adapter_bytes": most}
@@ -175,37 +185,41 @@ def _costs(config: AdaLoraConfig, handles: Sequence[TripletHandle]) -> tuple[Uni
         return "triplets", [1] * len(handles)
     if config.adapter_bytes is None:
         with_lambda = int(config.parametrization == "svd")
-        return "parameters", [h.parameters_per_triplet + with_lambda for h in handles]
+        return "parameters", [h.parameters_per_triplet + with_lambda * h.groups for h in handles]
     # λ is folded into P in every file.
     return "bytes", [h.parameters_per_triplet * h.P_parameter.element_size() for h in handles]
 
 
-def _target(config: AdaLoraConfig, handles: Sequence[TripletHandle], costs: list[int]) -> int:
+def _target(config: AdaLoraConfig, costs: list[int], per_rank: list[float]) -> int:
     """b_T in the unit of `costs`; a number of triplets is priced at the mean of all modules."""
     amount = config.total_parameters or config.adapter_bytes
     if amount is not None:
         return amount
     if config.target_rank is not None:
-        return round(config.target_rank * sum(costs))
+        return round(config.target_rank * sum(per_rank))
     assert config.total_rank is not None  # the config has exactly one budget
-    return round(config.total_rank * sum(costs) / len(handles))
+    return round(config.total_rank * sum(costs) / len(costs))
 
 
 def _too_high(target: int, initial: int, *, unit: str, handles: Sequence[TripletHandle]) -> str:
-    most = max(h.rank for h in handles)
-    wanted = -(-target * most // initial) if unit != "triplets" else -(-target // len(handles))
+    most, step = max(h.lora_rank(h.rank) for h in handles), math.lcm(*(h.groups for h in handles))
+    wanted = -(-target * most // initial) if unit != "triplets" or step > 1 else -(-target // len(handles))
+    r = -(-max(wanted, round(1.5 * wanted)) // step) * step  # PEFT wants a multiple of a convolution's groups
     return (
         f"the target of {target} {unit} is above the {initial} that the model starts with "
-        f"({len(handles)} modules): LoraConfig(r={max(wanted, round(1.5 * wanted))}, …) or a smaller "
+        f"({len(handles)} modules): LoraConfig(r={r}, …) or a smaller "
         + ("target_rank" if unit == "triplets" else "budget")
     )
 
 
-def _no_triplet(config: AdaLoraConfig, target: int, *, unit: str, cheapest: int, modules: int) -> str:
+def _no_triplet(
+    config: AdaLoraConfig, target: int, *, unit: str, cheapest: int, handles: Sequence[TripletHandle]
+) -> str:
     if unit == "triplets":
-        name = _given(config)
-        return f"{name}={getattr(config, name)} leaves no triplet in {modules} modules"
-    return f"a budget of {target} {unit} buys no triplet: the cheapest of {modules} modules takes {cheapest}"
+        name, most = _given(config), max(h.groups for h in handles)
+        why = f"; ranks of a convolution with groups={most} are multiples of {most}" if most > 1 else ""
+        return f"{name}={getattr(config, name)} leaves no triplet in {len(handles)} modules{why}"
+    return f"a budget of {target} {unit} buys no triplet: the cheapest of {len(handles)} modules takes {cheapest}"
 
 
 def _members(scope: str, handles: Sequence[TripletHandle]) -> dict[str, list[int]]:
@@ -226,7 +240,7 @@ def _of_groups_alone(config: AdaLoraConfig) -> bool:
     return _given(config) == "group_budgets"
 
 
-def _own_targets(config: AdaLoraConfig, members: dict[str, list[int]], costs: list[int]) -> dict[str, int]:
+def _own_targets(config: AdaLoraConfig, members: dict[str, list[int]], per_rank: list[float]) -> dict[str, int]:
     """Targets of the groups that have a budget of their own; an average rank costs what a LoRA of it does."""
     if config.group_budgets is None:
         return {}
@@ -238,7 +252,7 @@ def _own_targets(config: AdaLoraConfig, members: dict[str, list[int]], costs: li
             "whole model, of which they share the rest"
         )
     return {
-        name: round(average * sum(costs[m] for m in members[name]))
+        name: round(average * sum(per_rank[m] for m in members[name]))
         for name, average in averages.items()
         if average is not None
     }

@@ -49,7 +49,7 @@ def compact(handles: Sequence[TripletHandle], optimizer: Optimizer | None) -> No
 def _cuts(handles: Sequence[TripletHandle]) -> tuple[list[nn.Parameter], list[int], list[list[int]]]:
     """Every parameter of some layers, its dimension that counts triplets, and which of them are live."""
     live = {id(h): [i for i, alive in enumerate(h.mask.tolist()) if alive] for h in handles}
-    cuts = [(parameter, dim, live[id(h)]) for h in handles for parameter, dim in h.factors.values()]
+    cuts = [(parameter, dim, h.places(live[id(h)], dim)) for h in handles for parameter, dim in h.factors.values()]
     return [p for p, _, _ in cuts], [dim for _, dim, _ in cuts], [kept for _, _, kept in cuts]
 
 
@@ -75,7 +75,7 @@ def resize(
                 _return_parameters(h, handles, optimizer, model=model)
         for parameter, dim in h.factors.values():
             shape = list(parameter.shape)
-            shape[dim] = rank
+            shape[dim] = h.length(rank, dim)
             replace_data_(parameter, parameter.detach().new_zeros(shape))
             if optimizer is not None:
                 optimizer.state.pop(parameter, None)
@@ -88,12 +88,12 @@ def _settle(handle: TripletHandle, rank: int, optimizer: Optimizer | None) -> No
     layer, name = handle.layer, handle.adapter
     handle.mask = torch.tensor([True] * rank, dtype=torch.bool)
     if rank > 0:
-        layer.r[name] = rank
-        layer.lora_alpha[name] = handle.lora_scale * (rank**0.5 if layer.use_rslora.get(name) else rank)
+        r = layer.r[name] = handle.lora_rank(rank)
+        layer.lora_alpha[name] = handle.lora_scale * (r**0.5 if layer.use_rslora.get(name) else r)
         if name in layer.lora_A and isinstance(layer.lora_A[name], nn.Linear):
-            layer.lora_A[name].out_features = layer.lora_B[name].in_features = rank
+            layer.lora_A[name].out_features = layer.lora_B[name].in_features = r
         elif name in layer.lora_A:
-            layer.lora_A[name].out_channels = layer.lora_B[name].in_channels = rank
+            layer.lora_A[name].out_channels = layer.lora_B[name].in_channels = r
         return
     if optimizer is not None:
         drop_parameters(optimizer, [parameter for parameter, _ in handle.factors.values()])

@@ -24,9 +24,11 @@ def zero_pruned(handles: Sequence[TripletHandle], optimizer: Optimizer | None = 
     for h in handles:
         if h.live_rank < h.rank:
             parameter, dim = h.factors.get("lambda", h.factors["P"])
+            times = h.length(1, dim)
+            mask = h.mask if times == 1 else h.mask.repeat(times)
             for weights in (parameter.detach(), *weight_copies(optimizer, parameter)):
                 by_triplet = weights.movedim(dim, -1)
-                groups[by_triplet.shape, by_triplet.device, by_triplet.dtype].append((by_triplet, h.mask))
+                groups[by_triplet.shape, by_triplet.device, by_triplet.dtype].append((by_triplet, mask))
     for group in groups.values():
         tensors, masks = zip(*group)
         stack = torch.stack(tensors)

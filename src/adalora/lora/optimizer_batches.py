@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from adalora.lora.groups import vectors_by_group
 from adalora.lora.optimizer_state import FACTORED, SECOND_MOMENTS, WEIGHTS, cut_state, is_scalar, turn_state
 
 
@@ -101,26 +102,30 @@ def turn_states(
         optimizer: Any torch optimizer.
         parameters: k parameters whose coordinates change.
         dim: Dimension that counts triplets.
-        gradient: For each M with new gradient = M @ old gradient along `dim`, [k, r, r].
+        gradient: For each M with new gradient = M @ old gradient along `dim`, [k, r, r]; for parameters in several
+            groups those of all groups of the first, then of the second…
         weight: The same for the weights.
     """
+    count = len(gradient) // len(parameters)
     groups: dict[tuple[Any, ...], list[tuple[int, Tensor]]] = defaultdict(list)
     for n, parameter in enumerate(parameters):
         if parameter not in optimizer.state:
             continue
         plain = plain_moments(optimizer, parameter)
         if plain is None:
-            turn_state(optimizer, parameter, dim, gradient=gradient[n], weight=weight[n])
+            mine = slice(n * count, (n + 1) * count)
+            turn_state(optimizer, parameter, dim, gradient=gradient[mine], weight=weight[mine])
             continue
         for key, value in plain.items():
-            groups[key, value.shape, value.dtype, value.device].append((n, value))
+            parts = vectors_by_group(value, dim, count).unbind()
+            groups[key, value.shape, value.dtype, value.device] += list(enumerate(parts, n * count))
     for (key, _, _, device), members in groups.items():
         matrix_krr = weight if key in WEIGHTS else gradient
-        if len(members) < len(parameters):
+        if len(members) < len(gradient):
             matrix_krr = matrix_krr[[n for n, _ in members]]
         matrix_krr = matrix_krr.to(device, torch.float32)
         if key in SECOND_MOMENTS:
             matrix_krr = matrix_krr.square()
-        moved = [value.movedim(dim, 0) for _, value in members]
+        moved = [value for _, value in members]
         turned = matrix_krr @ torch.stack(moved).flatten(2).float()
         torch._foreach_copy_(moved, [row.view(m.shape) for row, m in zip(turned.unbind(), moved)])

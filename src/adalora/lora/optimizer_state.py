@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adalora.errors import CompactionError
+from adalora.lora.groups import vectors_by_group
 
 # Row and column moments of Adafactor, as torch and transformers call them.
 FACTORED = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))
@@ -99,7 +100,8 @@ def turn_state(optimizer: Optimizer, parameter: nn.Parameter, dim: int, *, gradi
         optimizer: Any torch optimizer.
         parameter: Whose coordinates change.
         dim: Dimension that counts triplets.
-        gradient: M with new gradient = M @ old gradient along `dim`, [r, r].
+        gradient: M with new gradient = M @ old gradient along `dim`, [r, r], or [groups, r, r] where each group of a
+            convolution's outputs has its own.
         weight: The same for the weights.
     """
     if parameter not in optimizer.state:
@@ -107,10 +109,11 @@ def turn_state(optimizer: Optimizer, parameter: nn.Parameter, dim: int, *, gradi
 
     def turn(key: str, tensor: Tensor, dim: int) -> Tensor:
         matrix = (weight if key in WEIGHTS else gradient).to(tensor.device, torch.float32)
+        matrix = matrix.view(-1, *matrix.shape[-2:])
         if key in SECOND_MOMENTS or any(key in pair for pair in FACTORED):
             matrix = matrix.square()
-        moved = tensor.float().movedim(dim, 0)
-        turned = (matrix @ moved.reshape(len(matrix), -1)).view(moved.shape).movedim(0, dim)
+        moved = vectors_by_group(tensor.float(), dim, len(matrix))
+        turned = (matrix @ moved.flatten(2)).view(moved.shape).movedim(1, dim + 1).flatten(0, 1)
         return turned.to(tensor.dtype).contiguous()
 
     try:

@@ -26,19 +26,23 @@ def decoupled_step(handles: Sequence[TripletHandle], *, weight: float, learning_
     """
     size = 4 * weight * learning_rate  # 4 from the gradient of a square
     for group in _by_length(handles, left=True):
-        _step_left([h.P_or for h in group], size=size)
+        _step_left([P for _, P in group], size=size)
     for group in _by_length(handles, left=False):
-        _step_right([h.Q_ri for h in group], [h.row_norm**2 for h in group], size=size)
+        _step_right([Q for _, Q in group], [h.row_norm**2 for h, _ in group], size=size)
 
 
-def _by_length(handles: Sequence[TripletHandle], *, left: bool) -> list[list[TripletHandle]]:
-    """Layers whose vectors have one length, d_out or d_in, whatever their ranks: few groups, also after compaction."""
-    groups: dict[tuple[int, torch.device, torch.dtype], list[TripletHandle]] = defaultdict(list)
+def _by_length(handles: Sequence[TripletHandle], *, left: bool) -> list[list[tuple[TripletHandle, Tensor]]]:
+    """P or Q of every layer, of a convolution those of each group, together with all whose vectors have that length.
+
+    Whatever their ranks: few shapes, also after compaction.
+    """
+    found: dict[tuple[int, torch.device, torch.dtype], list[tuple[TripletHandle, Tensor]]] = defaultdict(list)
     for h in handles:
         if h.rank > 1:
-            factor = h.P_or if left else h.Q_ri
-            groups[factor.shape[0 if left else 1], factor.device, factor.dtype].append(h)
-    return list(groups.values())
+            # Every step comes here: a layer in one group gets by with fewer views.
+            for factor in [h.P_or if left else h.Q_ri] if h.groups == 1 else (h.P_gor if left else h.Q_gri).unbind():
+                found[factor.shape[0 if left else 1], factor.device, factor.dtype].append((h, factor))
+    return list(found.values())
 
 
 def _stack(factors: list[Tensor]) -> Tensor:
@@ -84,7 +88,7 @@ def _subtract(factors: list[Tensor], steps: Tensor, *, size: float | Tensor) -> 
 
 @torch.no_grad()
 def hand_over(handles: Sequence[TripletHandle], optimizer: Optimizer | None) -> None:
-    """Rewrite every P·Q in its singular vectors, exactly, and carry Adam's moments to the new coordinates.
+    """Rewrite every P·Q, of a convolution that of each group, in its singular vectors and carry Adam's moments along.
 
     Gradients transform as ∂L/∂P_new = ∂L/∂P · T⁻ᵀ and ∂L/∂Q_new = Tᵀ · ∂L/∂Q, and so do first moments; second
     moments use the squared entries, which leaves out correlations between triplets. Layers of one shape go through
@@ -94,29 +98,31 @@ def hand_over(handles: Sequence[TripletHandle], optimizer: Optimizer | None) -> 
     for h in handles:
         if 0 < h.rank <= h.d_in:
             P, Q = h.P_parameter, h.Q_parameter
-            groups[h.is_embedding, P.shape, Q.shape, P.device, P.dtype, Q.dtype].append(h)
+            groups[h.is_embedding, h.groups, P.shape, Q.shape, P.device, P.dtype, Q.dtype].append(h)
     for group in groups.values():
         _hand_over_alike(group, optimizer)
 
 
 def _hand_over_alike(handles: list[TripletHandle], optimizer: Optimizer | None) -> None:
     """`hand_over` for layers of one shape, but for those that have not learned anything, or have diverged: no SVD."""
-    P_kor, Q_kri = torch.stack([h.P_or for h in handles]), torch.stack([h.Q_ri for h in handles])
-    sound = P_kor.any(dim=(1, 2)) & (P_kor.isfinite().all(dim=(1, 2)) & Q_kri.isfinite().all(dim=(1, 2)))
+    P_kgor, Q_kgri = torch.stack([h.P_gor for h in handles]), torch.stack([h.Q_gri for h in handles])
+    finite = P_kgor.isfinite().all(dim=(1, 2, 3)) & Q_kgri.isfinite().all(dim=(1, 2, 3))
+    sound = P_kgor.any(dim=(1, 2, 3)) & finite
     chosen = [k for k, is_sound in enumerate(sound.tolist()) if is_sound]
     if not chosen:
         return
     if len(chosen) < len(handles):
-        handles, P_kor, Q_kri = [handles[k] for k in chosen], P_kor[chosen], Q_kri[chosen]
-    row_norms = torch.tensor([h.row_norm for h in handles], dtype=torch.float64).view(-1, 1, 1)
+        handles, P_kgor, Q_kgri = [handles[k] for k in chosen], P_kgor[chosen], Q_kgri[chosen]
+    P_kor, Q_kri = P_kgor.flatten(0, 1), Q_kgri.flatten(0, 1)  # k counts groups from here
+    row_norms = torch.tensor([h.row_norm for h in handles for _ in range(h.groups)], dtype=torch.float64).view(-1, 1, 1)
     wide = torch.promote_types(P_kor.dtype, torch.float32)
     result = balance(P_kor, Q_kri, row_norm=row_norms.to(P_kor.device, wide, non_blocking=True))
     if optimizer is not None:
         P, Q = [h.P_parameter for h in handles], [h.Q_parameter for h in handles]
         turn_states(optimizer, P, handles[0].P_dim, gradient=result.to_Q, weight=result.to_P.mT)
         turn_states(optimizer, Q, handles[0].Q_dim, gradient=result.to_P.mT, weight=result.to_Q)
-    torch._foreach_copy_([h.P_or for h in handles], list(result.P_or.unbind()))
-    torch._foreach_copy_([h.Q_ri for h in handles], list(result.Q_ri.unbind()))
+    torch._foreach_copy_([P for h in handles for P in h.P_gor.unbind()], list(result.P_or.unbind()))
+    torch._foreach_copy_([Q for h in handles for Q in h.Q_gri.unbind()], list(result.Q_ri.unbind()))
 
 
 def orthogonality_error(handles: Sequence[TripletHandle]) -> float:
@@ -126,10 +132,10 @@ def orthogonality_error(handles: Sequence[TripletHandle]) -> float:
     for left in (True, False):
         for group in _by_length(handles, left=left):
             # A vector of zeros counts as none: so pruned ones are left out.
-            vectors = _stack([h.P_or.T if left else h.Q_ri for h in group])
-            live = _stack([h.mask.unsqueeze(1) for h in group]).to(vectors.device, non_blocking=True)
+            vectors = _stack([factor.T if left else factor for _, factor in group])
+            live = _stack([h.mask.unsqueeze(1) for h, _ in group]).to(vectors.device, non_blocking=True)
             errors.append(relative_error(vectors.mul_(live)).cpu())
-            several += [h.live_rank > 1 for h in group]
+            several += [h.live_rank > 1 for h, _ in group]
     if True not in several:
         return 0.0
     return float(torch.cat(errors)[torch.tensor(several)].square().mean().sqrt())

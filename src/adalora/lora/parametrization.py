@@ -76,7 +76,8 @@ def _set_scale(model: nn.Module, handles: list[TripletHandle], config: AdaLoraCo
     if isinstance(config.scale, float | int):
         for h in handles:
             h.layer.scaling[h.adapter] = float(config.scale)
-            h.layer.lora_alpha[h.adapter] = config.scale * (h.rank**0.5 if rslora else h.rank)
+            r = h.lora_rank(h.rank)
+            h.layer.lora_alpha[h.adapter] = config.scale * (r**0.5 if rslora else r)
         write_patterns(model, handles)
 
 
@@ -90,20 +91,21 @@ def matched_divisor(shrink: float) -> int:
 
 
 def _start_svd(handle: TripletHandle, config: AdaLoraConfig, *, new: bool, generator: torch.Generator) -> None:
-    P_or, Q_ri = handle.P_or, handle.Q_ri
+    weights_gr = torch.zeros(handle.groups, handle.rank)
     if config.initialization == "keep":
-        add_lambda(handle, torch.ones(handle.rank))
-    elif new:
-        P, Q = (_directions(t, config.initialization, generator) for t in (P_or.T, Q_ri))
-        P_or.copy_(P.T)
-        Q_ri.copy_(Q)
-        add_lambda(handle, torch.zeros(handle.rank), gain=_gain(handle, config))
-    else:
-        U, S, Vh = factored_svd(P_or, Q_ri)
-        k, weights = len(S), torch.zeros(handle.rank)
-        weights[:k] = S
-        P_or[:, :k], Q_ri[:k] = U.to(P_or.dtype), Vh.to(Q_ri.dtype)
-        add_lambda(handle, weights)
+        add_lambda(handle, torch.ones_like(weights_gr).flatten())
+        return
+    for P_or, Q_ri, weights_r in zip(handle.P_gor, handle.Q_gri, weights_gr):
+        if new:
+            P, Q = (_directions(t, config.initialization, generator) for t in (P_or.T, Q_ri))
+            P_or.copy_(P.T)
+            Q_ri.copy_(Q)
+        else:
+            U, S, Vh = factored_svd(P_or, Q_ri)
+            k = len(S)
+            weights_r[:k] = S
+            P_or[:, :k], Q_ri[:k] = U.to(P_or.dtype), Vh.to(Q_ri.dtype)
+    add_lambda(handle, weights_gr.flatten(), gain=_gain(handle, config) if new else 1.0)
 
 
 def _directions(like_rd: Tensor, kind: str, generator: torch.Generator) -> Tensor:
@@ -121,11 +123,14 @@ def _gain(handle: TripletHandle, config: AdaLoraConfig) -> float:
     """Factor on α/r.
 
     "matched": Adam's first step moves every λ by the learning rate, and every entry of LoRA's B, d_out times as many,
-    against rows of A of length 1/√3: ‖ΔW‖ is the same where ‖P_i‖·‖Q_i‖·gain = √d_out/√3.
+    against rows of A of length 1/√3: ‖ΔW‖ is the same where ‖P_i‖·‖Q_i‖·gain = √d_out/√3; so in every group, with
+    the outputs that it has.
     """
     if config.scale == "released":
-        return handle.rank / (handle.rank + RELEASED_EPSILON)
+        r = handle.lora_rank(handle.rank)
+        return r / (r + RELEASED_EPSILON)
     if config.scale != "matched":
         return 1.0
-    lengths = handle.P_or.float().norm(dim=0) * handle.Q_ri.float().norm(dim=1)
-    return float(LORA_ROW_NORM * handle.P_or.shape[0] ** 0.5 / lengths.square().mean().sqrt())
+    P_gor, Q_gri = handle.P_gor.float(), handle.Q_gri.float()
+    lengths_gr = P_gor.norm(dim=1) * Q_gri.norm(dim=2)
+    return float(LORA_ROW_NORM * P_gor.shape[1] ** 0.5 / lengths_gr.square().mean().sqrt())

@@ -35,10 +35,11 @@ def write_patterns(model: nn.Module, handles: list[TripletHandle], *, ranks: Seq
     Args:
         model: The PEFT model.
         handles: All layers of one adapter.
-        ranks: By default those that the layers now have.
+        ranks: Triplets of each; by default those that the layers now have.
     """
     config = lora_config(model, handles[0].adapter)
-    found = list(zip(handles, [h.rank for h in handles] if ranks is None else ranks))
+    ranks = [h.rank for h in handles] if ranks is None else ranks
+    found = [(h, h.lora_rank(rank)) for h, rank in zip(handles, ranks)]
     live = {f"^{re.escape(h.name)}": rank for h, rank in found if rank}
     if not live:
         return

@@ -26,8 +26,9 @@ class PrunedTriplets:
     """Copies of pruned triplets, by module.
 
     Each module has, for its n pruned triplets: `left` [d_out, n] and `right` [n, d_in] as an adapter file would hold
-    them, `scale` [n] so that ΔW = left·diag(scale)·right, `score` [n], `step` [n] at which it was pruned, and `number`
-    [n], its place in the layer, or -1 once it was removed from it.
+    them (`right` of a convolution with groups holds [n, groups · d_in]), `scale` [n] so that ΔW =
+    left·diag(scale)·right, `score` [n], `step` [n] at which it was pruned, and `number` [n], its place in the layer, or
+    -1 once it was removed from it.
 
     Args:
         handles: All layers of one adapter.
@@ -132,9 +133,11 @@ def _dim(key: str) -> int:
 
 
 def _kind(handle: TripletHandle) -> dict[str, Any]:
-    """How an adapter file has to be read: the module's kind, and a convolution's (in_channels, kernel…)."""
+    """How an adapter file has to be read: the module's kind, and a convolution's (in_channels, kernel…) and groups."""
     if handle.is_embedding:
         return {"kind": "embedding"}
-    weight = handle.layer.get_base_layer().weight
-    kernel = getattr(handle.layer.get_base_layer(), "kernel_size", None)
-    return {"kind": "conv", "kernel": [weight.shape[1], *kernel]} if kernel else {"kind": "linear"}
+    base = handle.layer.get_base_layer()
+    kernel = getattr(base, "kernel_size", None)
+    if not kernel:
+        return {"kind": "linear"}
+    return {"kind": "conv", "kernel": [base.in_channels, *kernel], "groups": handle.groups}

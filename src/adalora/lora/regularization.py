@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adalora.core.orthogonality import released_gradient, squared_gradient
+from adalora.lora.groups import by_group
 from adalora.lora.triplets import TripletHandle
 
 
@@ -30,12 +31,12 @@ def coupled_gradients(
         weight: γ.
     """
     live = [h for h in handles if h.rank > 0]
-    share = weight / (2 * len(live)) if kind == "released" else weight
+    share = weight / (2 * sum(h.groups for h in live)) if kind == "released" else weight
     found = []
-    for parameters, V_krd, rows_last in _by_shape(live):
-        gradients = squared_gradient(V_krd, squared_norm=1.0) if kind == "squared" else released_gradient(V_krd)
+    for parameters, V_kgrd, rows_last in _by_shape(live):
+        gradients = squared_gradient(V_kgrd, squared_norm=1.0) if kind == "squared" else released_gradient(V_kgrd)
         for parameter, gradient in zip(parameters, gradients.mul_(share).unbind()):
-            shaped = gradient.T if rows_last else gradient
+            shaped = gradient.mT if rows_last else gradient
             found.append((parameter, shaped.reshape(parameter.shape).to(parameter.dtype).contiguous()))
     return found
 
@@ -44,11 +45,11 @@ def _by_shape(handles: Sequence[TripletHandle]) -> Iterator[tuple[list[nn.Parame
     """P's columns and Q's rows of all layers, stacked by shape, in fp32 at least.
 
     Yields:
-        Parameters, their vectors [k, r, d], and whether these are the parameters' columns.
+        Parameters, their vectors [k, groups, r, d], and whether these are the parameters' columns.
     """
     groups: dict[tuple[Any, ...], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
     for h in handles:
-        for parameter, vectors, left in ((h.P_parameter, h.P_or.T, True), (h.Q_parameter, h.Q_ri, False)):
+        for parameter, vectors, left in ((h.P_parameter, h.P_gor.mT, True), (h.Q_parameter, h.Q_gri, False)):
             groups[left != h.is_embedding, vectors.shape, vectors.device, vectors.dtype].append((parameter, vectors))
     for (rows_last, _, _, dtype), members in groups.items():
         stack = torch.stack([vectors for _, vectors in members]).to(torch.promote_types(dtype, torch.float32))
@@ -58,7 +59,8 @@ def _by_shape(handles: Sequence[TripletHandle]) -> Iterator[tuple[list[nn.Parame
 @torch.no_grad()
 def decoupled_svd_step(handles: Sequence[TripletHandle], *, weight: float, learning_rate: float | Tensor) -> None:
     """Move P's columns and Q's rows towards length 1 and right angles by lr·γ·∇R, apart from the loss."""
-    for parameters, V_krd, rows_last in _by_shape([h for h in handles if h.rank > 0]):
-        steps = squared_gradient(V_krd.float(), squared_norm=1.0).mul_(weight * learning_rate)
-        vectors = [p.detach().flatten(1).T if rows_last else p.detach().flatten(1) for p in parameters]
+    for parameters, V_kgrd, rows_last in _by_shape([h for h in handles if h.rank > 0]):
+        steps = squared_gradient(V_kgrd.float(), squared_norm=1.0).mul_(weight * learning_rate)
+        vectors = [by_group(p.detach().flatten(1), V_kgrd.shape[1]) for p in parameters]
+        vectors = [v.mT if rows_last else v for v in vectors]
         torch._foreach_sub_(vectors, list(steps.to(vectors[0].dtype).unbind()))

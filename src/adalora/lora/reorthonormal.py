@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adalora.core.factored_svd import factored_svd
+from adalora.lora.groups import vectors_by_group
 from adalora.lora.triplets import TripletHandle
 
 
@@ -16,35 +17,44 @@ def reorthonormalize(handle: TripletHandle, optimizer: Optimizer | None) -> None
 
     With P·Λ -> P·Λ·S and Q -> S⁻¹·Q, gradients transform by S⁻ᵀ and Sᵀ, and Adam's first moments with them; second
     moments by the squared entries, which leaves out correlations between triplets. Pruned triplets stay as they are.
-    A layer that has not learned anything or has diverged is left alone.
+    A layer, or a group of a convolution, that has not learned anything or has diverged is left alone.
     """
+    turned = [_turn(handle, group, optimizer) for group in range(handle.groups)]
+    if handle.lambda_parameter is not None and all(turned):
+        handle.row_norm = 1.0
+
+
+def _turn(handle: TripletHandle, group: int, optimizer: Optimizer | None) -> bool:
+    """`reorthonormalize` for one group; whether anything was done."""
     live = handle.mask.nonzero().squeeze(1).to(handle.P_parameter.device)
-    left, right = handle.left_or[:, live].float(), handle.Q_ri[live].float()
+    P_or, Q_ri = handle.P_gor[group], handle.Q_gri[group]
+    left, right = handle.by_group(handle.left_or)[group][:, live].float(), Q_ri[live].float()
     if not 1 < len(live) <= min(left.shape[0], right.shape[1]) or not bool(
         left.isfinite().all() and right.isfinite().all()
     ):
-        return
+        return False
     U, singular, Vh = factored_svd(left, right)
-    weights, norm = handle.lambda_parameter, handle.row_norm
-    before = None if weights is None else weights.detach()[live].float()
+    weights, norm = handle.lambda_gr, handle.row_norm
+    before = None if weights is None else weights[group, live].float()
     if float(singular.min()) <= 1e-6 * float(singular.max()) or (before is not None and not bool(before.all())):
-        return  # a direction without any weight: its vectors are not determined
+        return False  # a direction without any weight: its vectors are not determined
     if before is None:
         back = (Vh * norm) @ torch.linalg.pinv(right)  # S⁻¹
         P_new, lengths = U * (singular / norm), None
     else:
         back, P_new, lengths = Vh @ torch.linalg.pinv(right), U, singular
     forth = torch.linalg.inv(back)
-    _carry_moments(handle, optimizer, live=live, forth=forth, back=back, before=before, after=lengths)
-    handle.P_or[:, live] = P_new.to(handle.P_or.dtype)
-    handle.Q_ri[live] = (Vh * (norm if before is None else 1.0)).to(handle.Q_ri.dtype)
+    _carry_moments(handle, group, optimizer, live=live, forth=forth, back=back, before=before, after=lengths)
+    P_or[:, live] = P_new.to(P_or.dtype)
+    Q_ri[live] = (Vh * (norm if before is None else 1.0)).to(Q_ri.dtype)
     if weights is not None and lengths is not None:
-        weights.detach()[live] = lengths.to(weights.dtype)
-        handle.row_norm = 1.0
+        weights[group, live] = lengths.to(weights.dtype)
+    return True
 
 
 def _carry_moments(
     handle: TripletHandle,
+    group: int,
     optimizer: Optimizer | None,
     *,
     live: Tensor,
@@ -55,11 +65,10 @@ def _carry_moments(
 ) -> None:
     """∂L/∂(PΛ)·S⁻ᵀ and Sᵀ·∂L/∂Q; where λ is a parameter, ∂L/∂P = ∂L/∂(PΛ)·Λ on either side. λ's own moments stay."""
     state = optimizer.state if optimizer is not None else {}
-    P, Q = handle.P_parameter, handle.Q_parameter
     left = back if before is None or after is None else after.unsqueeze(1) * back / before
-    for parameter, view, matrix in ((P, lambda m: handle.as_P(m).T, left), (Q, handle.as_Q, forth.T)):
+    for (parameter, dim), matrix in ((handle.factors["P"], left), (handle.factors["Q"], forth.T)):
         for key, moment in state.get(parameter, {}).items():
             if isinstance(moment, Tensor) and moment.shape == parameter.shape and moment.is_floating_point():
-                rows = view(moment)
+                rows = vectors_by_group(moment, dim, handle.groups)[group].flatten(1)
                 turn = (matrix.square() if "sq" in key else matrix).to(rows.device)
                 rows[live] = (turn @ rows[live].float()).to(rows.dtype)

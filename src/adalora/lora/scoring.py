@@ -180,16 +180,20 @@ class Scorer:
 
 
 def _magnitude(h: TripletHandle) -> Tensor:
-    """|λ_i|·‖P_i‖·‖Q_i‖·s: the singular value where P and Q are orthogonal, [r]."""
-    lengths: Tensor = h.left_or.float().norm(dim=0) * h.Q_ri.float().norm(dim=1)
-    return lengths.mul_(h.scale)
+    """|λ_i|·‖P_i‖·‖Q_i‖·s: the singular value where P and Q are orthogonal, [r]; over several groups the norm."""
+    lengths = h.by_group(h.left_or).float().norm(dim=1) * h.Q_gri.float().norm(dim=2)
+    return _over_groups(lengths).mul_(h.scale)
 
 
 def _absolute_lambda(h: TripletHandle) -> Tensor:
-    """|λ_i|, [r]."""
-    weights = h.lambda_parameter
+    """|λ_i|, [r]; over several groups the norm."""
+    weights = h.lambda_gr
     assert weights is not None  # the config allows it with a λ of its own alone
-    return weights.detach().float().abs()
+    return _over_groups(weights.float().abs())
+
+
+def _over_groups(lengths_gr: Tensor) -> Tensor:
+    return lengths_gr[0] if len(lengths_gr) == 1 else lengths_gr.norm(dim=0)
 
 
 class _Left:
@@ -251,12 +255,12 @@ def _unscaled(gradient: Tensor, factor: float) -> Tensor:
 
 
 def _lambda_product(h: TripletHandle) -> Tensor:
-    """λ·∂L/∂λ of a layer with a λ of its own, [r], fp32."""
+    """λ·∂L/∂λ of a layer with a λ of its own, [r], fp32: summed over groups, as for one factor on them all."""
     weights = h.lambda_parameter
     assert weights is not None
     if weights.grad is None:
-        return torch.zeros_like(weights, dtype=torch.float32)
-    return weights.detach().float() * weights.grad.float()
+        return torch.zeros(h.rank, device=weights.device)
+    return h.by_group(weights.detach().float() * weights.grad.float()).sum(dim=0)
 
 
 def _present(handles: list[TripletHandle], gradient: Callable[[TripletHandle], Tensor | None]) -> list[int]:

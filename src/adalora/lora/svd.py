@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from adalora.lora.forward import TripletVariant, linear_forward
+from adalora.lora.groups import vectors_by_group
 from adalora.lora.triplets import TripletHandle
 
 
@@ -28,7 +29,7 @@ class SvdLinear(TripletVariant):
 
 
 class SvdConv(TripletVariant):
-    """Conv1d, Conv2d, Conv3d: λ scales the channels between PEFT's two convolutions."""
+    """Conv1d, Conv2d, Conv3d: λ scales the channels between PEFT's two convolutions, which lie group after group."""
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
@@ -63,7 +64,7 @@ def add_lambda(handle: TripletHandle, weights: Tensor, *, gain: float = 1.0) -> 
 
     Args:
         handle: The layer; it has no λ yet.
-        weights: λ, [r].
+        weights: λ, [groups · r].
         gain: Factor on α/r.
     """
     layer, name = handle.layer, handle.adapter
@@ -104,11 +105,24 @@ def _key(module: Any, prefix: str, adapter: str) -> str:
     return f"{prefix}lora_B.{adapter}.weight"
 
 
+def _groups(module: Any, adapter: str) -> int:
+    return 1 if adapter in module.lora_embedding_A else getattr(module.lora_B[adapter], "groups", 1)
+
+
 def _column(module: Any, adapter: str, weights: Tensor) -> Tensor:
-    """λ in the shape that multiplies the parameter behind P."""
+    """λ in the shape that multiplies the parameter behind P; for several groups with a row for each output."""
     if adapter in module.lora_embedding_A:
         return weights.unsqueeze(1)
-    return weights.view(1, -1, *(1 for _ in module.lora_B[adapter].weight.shape[2:]))
+    P, groups = module.lora_B[adapter].weight, _groups(module, adapter)
+    rows = weights.view(groups, -1, *(1 for _ in P.shape[2:]))
+    return rows if groups == 1 else rows.repeat_interleave(P.shape[0] // groups, dim=0)
+
+
+def _by_column(module: Any, adapter: str, tensor: Tensor) -> Tensor:
+    """What is shaped like the parameter behind P with a row for each entry of λ."""
+    if adapter in module.lora_embedding_A:
+        return tensor
+    return vectors_by_group(tensor, 1, _groups(module, adapter)).flatten(2).flatten(0, 1)
 
 
 def _fold_in_state(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -135,13 +149,12 @@ def _split_in_state(module: Any, state: dict[str, Any], prefix: str, *_: Any) ->
         if state[key].shape != live.shape:
             state[own] = weights.detach()
             continue
-        dims = [d for d in range(live.dim()) if d != (0 if adapter in module.lora_embedding_A else 1)]
         here = live.detach() * (_column(module, adapter, weights.detach()) * module.lora_gain[adapter])
-        same = (here != state[key].detach().to(here.device)).sum(dim=dims) == 0
+        same = _by_column(module, adapter, here != state[key].detach().to(here.device)).sum(dim=1) == 0
         folded, P = state[key].detach().float(), live.detach().float().to(state[key].device)
-        length, wanted = (torch.linalg.vector_norm(t, dim=dims) for t in (folded, P))
+        length, wanted = (torch.linalg.vector_norm(_by_column(module, adapter, t), dim=1) for t in (folded, P))
         wanted = torch.where(wanted > 0, wanted, torch.ones_like(wanted))
-        sign = torch.where((folded * P).sum(dim=dims) < 0, -1.0, 1.0)
+        sign = torch.where(_by_column(module, adapter, folded * P).sum(dim=1) < 0, -1.0, 1.0)
         ratio = sign * length / wanted
         column = _column(module, adapter, torch.where(length > 0, ratio, torch.ones_like(ratio)))
         new = (length > 0) & ~same.to(length.device)

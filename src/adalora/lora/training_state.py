@@ -109,7 +109,7 @@ def _check_tensors(h: TripletHandle, tensors: dict[str, Tensor], *, rank: int) -
     for factor, (parameter, dim) in h.factors.items():
         if rank:
             shape = list(parameter.shape)
-            shape[dim] = rank
+            shape[dim] = h.length(rank, dim)
             wanted[f"{h.name}.{factor}"] = shape
     for name, shape in wanted.items():
         found = list(tensors[name].shape) if name in tensors else None

@@ -3,24 +3,29 @@
 ΔW = s · P · diag(λ) · Q with P [d_out, r] and Q [r, d_in]. In a Linear layer P is `lora_B` and Q `lora_A`; in an
 Embedding, whose weight is transposed, P is `lora_embedding_A`ᵀ and Q `lora_embedding_B`ᵀ: P is always the factor that
 PEFT starts at zero.
+
+In a convolution with G groups PEFT's `lora_B` [d_out, r/G] is grouped as well: the outputs of each group have r/G
+triplets of their own, and PEFT wants as many for each. There a triplet, as all else counts them, is the k-th of every
+group: a column of `lora_B` with the G rows of `lora_A` that feed it. It is scored, pruned and removed as one. What is
+about singular vectors goes group by group: `P_gor`, `Q_gri` and `lambda_gr`, whose first dimension is 1 for all other
+layers. How they lie in memory is told in `adalora.lora.groups`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora import layer as peft_layers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from adalora.errors import AttachError
-from adalora.lora.forward import TripletVariant
-
-CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # values of init_lora_weights
+from adalora.lora.groups import by_group, length_along, places_along
+from adalora.lora.refusals import no_layer_message, refuse_changed_base, refuse_unsupported
 
 
 @dataclass(eq=False)
@@ -50,13 +55,14 @@ class TripletHandle:
     _counted: tuple[Tensor | None, int, int] = field(default=(None, 0, 0), repr=False)
 
     def __post_init__(self) -> None:
+        self.groups = 1 if self.is_embedding else getattr(self.layer.lora_B[self.adapter], "groups", 1)
         self.mask = torch.ones(self.rank, dtype=torch.bool)
-        self.d_out, self.d_in = self.P_or.shape[0], self.Q_ri.shape[1]
+        self.d_out, self.d_in = self.P_or.shape[0], self.Q_gri.shape[2]
         self.measure_rows()
 
     def measure_rows(self) -> None:
         """Set ρ from Q as it is."""
-        self.row_norm = float(self.Q_ri.float().square().sum(dim=1).mean().sqrt())
+        self.row_norm = float(self.Q_gri.float().square().sum(dim=2).mean().sqrt())
 
     @property
     def is_embedding(self) -> bool:
@@ -88,7 +94,7 @@ class TripletHandle:
 
     @property
     def lambda_parameter(self) -> nn.Parameter | None:
-        """The parameter behind λ, [r]; None where P carries it."""
+        """The parameter behind λ, [groups · r]; None where P carries it."""
         if self.whole:
             return self.whole.get("lambda")
         weights = getattr(self.layer, "lora_lambda", None)
@@ -133,8 +139,12 @@ class TripletHandle:
         return tensor.T if self.is_embedding else tensor.flatten(1)
 
     def as_Q(self, tensor: Tensor) -> Tensor:
-        """View a tensor shaped like `Q_parameter` as [r, d_in]."""
-        return tensor.T if self.is_embedding else tensor.flatten(1)
+        """A tensor shaped like `Q_parameter` as [r, groups · d_in]: a view, but for several groups a copy."""
+        return tensor.T if self.is_embedding else self.by_group(tensor.flatten(1)).transpose(0, 1).flatten(1)
+
+    def by_group(self, tensor: Tensor) -> Tensor:
+        """View something whose rows lie group after group as [groups, …]."""
+        return by_group(tensor, self.groups)
 
     @property
     def P_or(self) -> Tensor:
@@ -143,19 +153,52 @@ class TripletHandle:
 
     @property
     def Q_ri(self) -> Tensor:
-        """Q, [r, d_in], sharing the parameter's memory, outside the graph."""
+        """Q, [r, groups · d_in], outside the graph; shares the parameter's memory where there is one group."""
         return self.as_Q(_dense(self.Q_parameter).detach())
+
+    @property
+    def P_gor(self) -> Tensor:
+        """P of each group, [groups, d_out / groups, r], sharing the parameter's memory."""
+        return self.by_group(self.P_or)
+
+    @property
+    def Q_gri(self) -> Tensor:
+        """Q of each group, [groups, r, d_in], sharing the parameter's memory."""
+        Q = _dense(self.Q_parameter).detach()
+        return self.by_group(Q.T if self.is_embedding else Q.flatten(1))
+
+    @property
+    def lambda_gr(self) -> Tensor | None:
+        """λ of each group, [groups, r], sharing the parameter's memory; None where P carries it."""
+        weights = self.lambda_parameter
+        return None if weights is None else self.by_group(weights.detach())
 
     @property
     def left_or(self) -> Tensor:
         """P·diag(λ), [d_out, r]: what a plain LoRA file holds, up to `gain`. A copy where λ is a parameter."""
-        weights = self.lambda_parameter
-        return self.P_or if weights is None else self.P_or * weights.detach()
+        weights = self.lambda_gr
+        return self.P_or if weights is None else (self.P_gor * weights.unsqueeze(1)).flatten(0, 1)
+
+    def length(self, rank: int, dim: int) -> int:
+        """Size of a factor's dimension `dim` that counts triplets, where there are `rank` of them."""
+        return length_along(dim, rank=rank, groups=self.groups)
+
+    def places(self, triplets: Sequence[int], dim: int) -> list[int]:
+        """Where some triplets lie along a factor's dimension `dim`, ascending."""
+        return places_along(dim, triplets, rank=self.rank, groups=self.groups)
 
     @property
     def rank(self) -> int:
         """Triplets held in memory, pruned ones included."""
-        return 0 if self.removed else self.Q_parameter.shape[self.Q_dim]
+        return 0 if self.removed else self.rank_of(self.Q_parameter.shape)
+
+    def rank_of(self, Q_shape: Sequence[int]) -> int:
+        """Triplets of a layer whose `Q_parameter` has this shape."""
+        return Q_shape[self.Q_dim] // self.groups
+
+    def lora_rank(self, rank: int) -> int:
+        """PEFT's r where there are `rank` triplets."""
+        return rank * self.groups
 
     @property
     def live_rank(self) -> int:
@@ -183,8 +226,8 @@ class TripletHandle:
 
     @property
     def parameters_per_triplet(self) -> int:
-        """d_out + d_in: what one triplet costs in the saved adapter."""
-        return self.d_out + self.d_in
+        """d_out + groups · d_in: what one triplet costs in the saved adapter."""
+        return self.d_out + self.groups * self.d_in
 
     def describe(self) -> dict[str, Any]:
         """The module's line in the history."""
@@ -193,6 +236,7 @@ class TripletHandle:
             "kind": type(self.layer.get_base_layer()).__name__,
             "d_out": self.d_out,
             "d_in": self.d_in,
+            "groups": self.groups,
             "rank": self.rank,
             "parameters_per_triplet": self.parameters_per_triplet,
         }
@@ -230,66 +274,11 @@ def find_triplets(model: nn.Module, adapter: str) -> list[TripletHandle]:
     layers = [(name, m) for name, m in base_model(model).named_modules() if isinstance(m, LoraLayer)]
     mine = [(n, m) for n, m in layers if adapter in m.lora_A or adapter in m.lora_embedding_A]
     if not mine:
-        raise AttachError(_no_layer_message(model, layers, adapter))
-    _refuse_changed_base(model, adapter)
+        raise AttachError(no_layer_message(model, layers, adapter))
+    refuse_changed_base(model, adapter)
     for name, layer in mine:
-        _refuse_unsupported(name, layer, adapter)
+        refuse_unsupported(name, layer, adapter)
     return [TripletHandle(name=n, layer=m, adapter=adapter) for n, m in mine]
-
-
-def _no_layer_message(model: nn.Module, layers: list[tuple[str, Any]], adapter: str) -> str:
-    if not layers:
-        return (
-            f"{type(model).__name__} has no LoRA layer. Make one first: "
-            'model = peft.get_peft_model(model, peft.LoraConfig(r=12, target_modules="all-linear"))'
-        )
-    names = sorted({key for _, m in layers for key in (*m.lora_A, *m.lora_embedding_A)})
-    return f"no LoRA layer carries an adapter named {adapter!r}; the model has {', '.join(map(repr, names))}"
-
-
-def _refuse_changed_base(model: nn.Module, adapter: str) -> None:
-    """Starts that take the adapter's first product out of the base weight need its ranks again at loading."""
-    start = getattr(getattr(model, "peft_config", {}).get(adapter), "init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
-        raise AttachError(
-            f"init_lora_weights={start!r} changes the base weights, and a saved adapter whose ranks have changed no "
-            'longer fits them. Use init_lora_weights="eva", or adalora.GradientSketch(model, batches).initialize(), '
-            "which leave the base as it is"
-        )
-
-
-def _refuse_unsupported(name: str, layer: Any, adapter: str) -> None:
-    if layer.merged:
-        raise AttachError(f"{name}: adapter is merged into the base weight; call model.unmerge_adapter() first")
-    variant = layer.lora_variant.get(adapter)
-    if variant is not None and not isinstance(variant, TripletVariant):
-        kind = type(variant).__name__
-        raise AttachError(
-            f"{name}: {kind} is not plain LoRA and its extra terms do not split into triplets; "
-            "leave its option (use_dora, alora, …) out of LoraConfig"
-        )
-    if layer.lora_bias.get(adapter):
-        raise AttachError(f"{name}: lora_bias=True is not supported (servers drop it); use LoraConfig(lora_bias=False)")
-    base = layer.get_base_layer()
-    if isinstance(layer, peft_layers.ParamWrapper):
-        raise AttachError(
-            f"{name}: LoRA on parameters (target_parameters) shares one factor among experts and has no triplets; "
-            "target modules instead"
-        )
-    if getattr(base, "groups", 1) != 1:
-        raise AttachError(
-            f"{name}: convolution with groups={base.groups}: each triplet reaches one group's outputs alone, and PEFT "
-            "loads only ranks that are a multiple of the groups, as many triplets for each: a single one cannot be "
-            "pruned, nor does PEFT merge such a layer; leave it out of target_modules"
-        )
-    factors = [*layer.lora_A.parameters(), *layer.lora_embedding_A.parameters()]
-    if any(isinstance(p, DTensor) for p in factors):
-        raise AttachError(f"{name}: the adapter is sharded already; call adalora.attach(model) before fully_shard")
-    if any(p.is_meta for p in factors):
-        raise AttachError(
-            f"{name}: the adapter has no values yet (low_cpu_mem_usage=True); load it, or use "
-            "get_peft_model(model, config) without low_cpu_mem_usage"
-        )
 
 
 def fresh(handles: list[TripletHandle]) -> bool:

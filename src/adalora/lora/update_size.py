@@ -55,18 +55,19 @@ def _norms(weights: list[Tensor]) -> list[float]:
 
 
 def _update_norms(handles: list[TripletHandle]) -> list[float]:
-    """‖s·P·Λ·Q‖_F of each; layers of one shape together."""
+    """‖s·P·Λ·Q‖_F of each, all groups of a convolution together; layers of one shape together."""
     groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for n, h in enumerate(handles):
-        groups[h.P_or.shape, h.Q_ri.shape, h.P_or.device, h.P_or.dtype, h.lambda_parameter is None].append(n)
+        P, Q = h.P_gor, h.Q_gri
+        groups[P.shape, Q.shape, P.device, P.dtype, h.lambda_parameter is None].append(n)
     found = [0.0] * len(handles)
     for numbers in groups.values():
         group = [handles[n] for n in numbers]
-        P, Q = torch.stack([h.P_or for h in group]).float(), torch.stack([h.Q_ri for h in group]).float()
-        weights = [h.lambda_parameter for h in group]
+        P, Q = torch.stack([h.P_gor for h in group]).float(), torch.stack([h.Q_gri for h in group]).float()
+        weights = [h.lambda_gr for h in group]
         if weights[0] is not None:
-            P = P * torch.stack([w.detach() for w in weights if w is not None]).float().unsqueeze(1)
-        squared = ((P.mT @ P) * (Q @ Q.mT)).sum(dim=(1, 2))  # ‖PQ‖² = tr(PᵀP·QQᵀ), without the product
+            P = P * torch.stack([w for w in weights if w is not None]).float().unsqueeze(2)
+        squared = ((P.mT @ P) * (Q @ Q.mT)).sum(dim=(1, 2, 3))  # ‖PQ‖² = tr(PᵀP·QQᵀ), without the product
         for n, h, value in zip(numbers, group, squared.tolist()):
             found[n] = h.scale * max(value, 0.0) ** 0.5
     return found

@@ -94,6 +94,7 @@ def modules_frame(history: History) -> pd.DataFrame:
             "type": [p.type for p in places],
             "d_out": [m["d_out"] for m in modules],
             "d_in": [m["d_in"] for m in modules],
+            "groups": [m.get("groups", 1) for m in modules],
             "initial_rank": [m["rank"] for m in modules],
             "rank": newest_ranks(history),
         }

@@ -4,7 +4,8 @@ One run is a list of flat JSON records, in memory and, if a path is given, one J
 `history.jsonl`. Every record has `event`; steps are optimizer steps counted from 0. Events:
 
 `start`       version, versions{}, machine{}, config{}, model, total_steps, warmup_steps, decrease_end,
-              initial_budget, target_budget, modules[{name, kind, d_out, d_in, rank, parameters_per_triplet}]
+              initial_budget, target_budget, modules[{name, kind, d_out, d_in, groups, rank, parameters_per_triplet}]
+              (LoRA's r is groups · rank; groups are those of a convolution)
 `step`        step, phase, budget, live; loss, learning_rate, seconds where known
 `handover`    step, ranks[], update_ratio        (re-parametrised at the end of warm-up)
 `allocation`  step, phase, budget, live, threshold, pruned, revived, ranks[], scores{min, q05, q25, q50, q75,

@@ -49,6 +49,8 @@ def diffusers(served: Served) -> Effective:
     refuse(served.embeddings, "keys of an embedding are not read")
     text = served.metadata.get("lora_adapter_metadata")
     if text is None:
+        grouped = [name for name, groups in served.convolutions.items() if groups > 1]
+        refuse(grouped, f"{grouped[:1]} has groups: its rank is read off lora_B, which has r / groups columns")
         return served.scaled(lambda _, __: 1.0)
     config = json.loads(text)
     return served.scaled(lambda name, _: rank_and_scale(config, name)[1])

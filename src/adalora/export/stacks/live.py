@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adalora.export.adapter import block_diagonal
 from adalora.export.base import Site
 from adalora.export.files import WEIGHTS_NAME, read_tensors
 from adalora.export.merged import quiet
@@ -26,13 +27,13 @@ def _hollow(module: nn.Module) -> nn.Module:
     return module
 
 
-def _module(site: Site, kernel: tuple[int, ...] = ()) -> nn.Module:
+def _module(site: Site, kernel: tuple[int, ...] = (), groups: int = 1) -> nn.Module:
     with torch.device("meta"):
         if site.kind == "embedding":
             return _hollow(nn.Embedding(site.d_in, site.d_out))
         if site.kind == "conv":
             conv: Any = {2: nn.Conv1d, 3: nn.Conv2d, 4: nn.Conv3d}[len(kernel)]
-            return _hollow(conv(kernel[0], site.d_out, kernel[1:], bias=False))
+            return _hollow(conv(kernel[0], site.d_out, kernel[1:], groups=groups, bias=False))
         return _hollow(nn.Linear(site.d_in, site.d_out, bias=False))
 
 
@@ -56,7 +57,8 @@ def skeleton(root: nn.Module, served: Served) -> nn.Module:
         if site.kind == "conv" and name not in served.convolutions:
             continue
         matrix = tensors.get(f"{PREFIX}{name}.lora_A.weight")
-        _place(root, name, _module(site, tuple(matrix.shape[1:]) if matrix is not None else ()))
+        kernel = tuple(matrix.shape[1:]) if matrix is not None else ()
+        _place(root, name, _module(site, kernel, served.convolutions.get(name, 1)))
     for key in served.extras:
         name, _, last = key.replace(".base_layer.", ".").rpartition(".")
         module: Any = root
@@ -84,7 +86,9 @@ def _collect(model: nn.Module, adapter: str) -> Effective:
         if A is None or B is None:
             continue
         scale = layer.scaling[adapter]
+        groups = getattr(B, "groups", 1)
         A, B = (getattr(m, "weight", m).detach().flatten(1).double() for m in (A, B))
+        B = B if groups == 1 else block_diagonal(B, groups)
         E, ranknum = getattr(layer, "lora_E", {}), getattr(layer, "ranknum", {})
         if adapter in E:
             A = A * E[adapter].detach().double()

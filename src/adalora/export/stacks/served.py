@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from adalora.export.adapter import block_diagonal
 from adalora.export.base import Base, split_layer
 from adalora.export.files import CONFIG_NAME, WEIGHTS_NAME, read_header, read_json, read_tensors
 from adalora.export.reading import PREFIX, split_keys
@@ -45,9 +46,9 @@ class Served:
     Attributes:
         folder: Where it lies.
         config: `adapter_config.json`.
-        pairs: Module name -> (B, A) as stored, convolutions flattened, float64.
+        pairs: Module name -> (B, A) as stored, convolutions flattened, float64; B of several groups block-diagonal.
         embeddings: Names of embedding modules.
-        convolutions: Names of convolutions.
+        convolutions: Names of convolutions, with their groups.
         extras: Tensor names that are no LoRA matrices, without PEFT's prefix.
         adalora: The file holds lora_E beside lora_A and lora_B.
         metadata: Strings in the header of the safetensors file.
@@ -58,7 +59,7 @@ class Served:
     config: Mapping[str, Any]
     pairs: Mapping[str, tuple[Tensor, Tensor]]
     embeddings: frozenset[str]
-    convolutions: frozenset[str]
+    convolutions: Mapping[str, int]
     extras: tuple[str, ...]
     adalora: bool
     metadata: Mapping[str, str]
@@ -93,7 +94,7 @@ def read_served(folder: Path, base: Base) -> Served:
     header = read_header(folder / WEIGHTS_NAME)
     modules, extras = split_keys(read_tensors(folder / WEIGHTS_NAME))
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    embeddings, convolutions, adalora = set(), set(), False
+    embeddings, convolutions, adalora = set(), dict[str, int](), False
     for name, parts in modules.items():
         adalora |= "lora_E" in parts
         if "lora_embedding_A" in parts:
@@ -102,14 +103,15 @@ def read_served(folder: Path, base: Base) -> Served:
         else:
             A, B = parts["lora_A"], parts["lora_B"]
             if A.dim() > 2:
-                convolutions.add(name)
+                convolutions[name] = A.shape[0] // B.shape[1]
+                B = block_diagonal(B.flatten(1), convolutions[name])
         pairs[name] = (B.flatten(1).double(), A.flatten(1).double())
     return Served(
         folder=folder,
         config=read_json(folder / CONFIG_NAME),
         pairs=pairs,
         embeddings=frozenset(embeddings),
-        convolutions=frozenset(convolutions),
+        convolutions=convolutions,
         extras=tuple(key.removeprefix(PREFIX) for key in extras),
         adalora=adalora,
         metadata=header.get("__metadata__", {}),
