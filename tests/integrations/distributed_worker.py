@@ -1,17 +1,13 @@
-"""What each of two processes runs, started by torchrun; rank 0 writes the results.
+"""What each of two processes runs under DDP, started by torchrun; rank 0 writes the results.
 
-Usage: torchrun --nproc_per_node 2 distributed_worker.py CASE FOLDER
+Usage: torchrun --nproc_per_node 2 distributed_worker.py FOLDER CASE …
 """
 
 import copy
-import json
-import sys
-import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from launching import gathered
+from launching import gathered, serve
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_resume_loops import Net, adamw, attach, lora
 from test_resume_trainer import Tokens, bert
@@ -201,23 +197,13 @@ def through_trainer(folder):
     }
 
 
-def main():
-    warnings.simplefilter("ignore")
-    case, folder = sys.argv[1], Path(sys.argv[2])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    cases = {
-        "raw": lambda: raw(folder, careless=False),
-        "careless": lambda: raw(folder, careless=True),
-        "environment": lambda: environment(folder),
-        "resumed": lambda: resumed(folder),
-        "trainer": lambda: through_trainer(folder),
-    }
-    result = cases[case]()
-    if dist.get_rank() == 0:
-        (folder / f"{case}.json").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+CASES = {
+    "raw": lambda folder: raw(folder, careless=False),
+    "careless": lambda folder: raw(folder, careless=True),
+    "environment": environment,
+    "resumed": resumed,
+    "trainer": through_trainer,
+}
 
-
-main()
+if __name__ == "__main__":
+    serve(lambda case, folder: CASES[case](folder))

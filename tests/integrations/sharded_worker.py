@@ -1,17 +1,12 @@
 """What each of two processes runs under FSDP2, started by torchrun; rank 0 writes the results.
 
-Usage: torchrun --nproc_per_node 2 sharded_worker.py CASE FOLDER
+Usage: torchrun --nproc_per_node 2 sharded_worker.py FOLDER CASE …
 """
-
-import json
-import sys
-import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from launching import gathered
+from launching import gathered, serve
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_resume_loops import Net
 from torch.distributed.checkpoint.state_dict import (
@@ -228,21 +223,14 @@ def refusals(folder):
     return {"said": said}
 
 
-def main():
-    warnings.simplefilter("ignore")
-    case, folder = sys.argv[1], Path(sys.argv[2])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def run(case, folder):
     kind, _, name = case.partition("-")
-    if kind == "refusals":
-        result = refusals(folder)
-    else:
-        result = {"compare": compare, "resumed": resumed}[kind](folder, SETTINGS[name])
-    if dist.get_rank() == 0:
-        (folder / f"{case}.json").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+    return (
+        refusals(folder)
+        if kind == "refusals"
+        else {"compare": compare, "resumed": resumed}[kind](folder, SETTINGS[name])
+    )
 
 
 if __name__ == "__main__":
-    main()
+    serve(run)
