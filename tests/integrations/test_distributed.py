@@ -6,7 +6,7 @@ from launching import launch
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    cases = ["raw", "careless", "environment", "resumed", "trainer"]
+    cases = ["raw", "careless", "environment", "resumed", "trainer", "lightning"]
     return launch("distributed_worker.py", cases, tmp_path_factory.mktemp("ddp"))
 
 
@@ -38,7 +38,10 @@ def test_ddp_resumes_bit_for_bit(result):
 
 
 def test_ddp_through_the_trainer(result):
-    """One controller step for each of the trainer's, with accumulation; a resumed run ends in the same weights."""
+    """One controller step for each of the trainer's, with accumulation; a resumed run ends in the same weights.
+
+    Its losses are those of plain LoRA, its checkpoint is the live model.
+    """
     found = result("trainer")
     assert found["world"] == 2
     assert found["steps"] == [[n, n] for n in range(1, 17)]
@@ -47,4 +50,15 @@ def test_ddp_through_the_trainer(result):
     assert found["live"] == found["in_memory"] == found["target"]
     assert found["resumed_ranks"] == found["ranks"][0]
     assert found["resumed"] == found["same"][0]
-    assert len(found["losses"]) == 4
+    assert found["difference"] < 1e-5
+    assert found["losses"]["ours"] == pytest.approx(found["losses"]["plain"], abs=2e-4)
+    assert len(found["losses"]["ours"]) == 8
+
+
+def test_lightnings_ddp(result):
+    found = result("lightning")
+    assert found["world"] == 2
+    assert found["steps"] == [16, 16]
+    assert found["ranks"][0] == found["ranks"][1] == found["resumed_ranks"]
+    assert found["same"][0] == found["same"][1] == found["resumed"]
+    assert found["live"] == found["target"]

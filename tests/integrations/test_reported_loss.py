@@ -5,8 +5,10 @@ Weights then stay where they are, so that anything else in the loss, a regularis
 
 import copy
 
+import datasets
 import pytest
 import torch
+import trl
 from accelerate import Accelerator
 from peft import LoraConfig
 from test_environments import VARIANTS, Summed, assert_saved_equals_live, llama, sentence, tokenizer
@@ -59,9 +61,6 @@ def test_trainer(tmp_path, name):
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 @pytest.mark.filterwarnings("ignore")
 def test_trl(tmp_path, kind):
-    trl = pytest.importorskip("trl")
-    import datasets
-
     columns = {"text": [sentence(i) for i in range(32)]}
     if kind == "dpo":
         columns = {

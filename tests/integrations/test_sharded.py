@@ -4,13 +4,18 @@ import pytest
 import torch
 from launching import launch
 
-COMPARED = ["plain", "svd", "reorthonormal", "magnitude"]
+COMPARED = ["plain", "svd", "reorthonormal", "magnitude", "hybrid_2x1", "hybrid_1x2"]
 RESUMED = ["plain", "svd"]
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    cases = [*(f"compare-{name}" for name in COMPARED), *(f"resumed-{name}" for name in RESUMED), "refusals"]
+    cases = [
+        *(f"compare-{name}" for name in COMPARED),
+        *(f"resumed-{name}" for name in RESUMED),
+        "compacted",
+        "refusals",
+    ]
     return launch("sharded_worker.py", cases, tmp_path_factory.mktemp("sharded"))
 
 
@@ -38,6 +43,14 @@ def test_resumed_from_a_distributed_checkpoint(result, settings):
     assert len(found["moments"]) == 5
     assert found["in_memory"] == 15  # masked
     assert found["in_memory_alone"] == 6
+
+
+def test_a_compacted_adapter_goes_on_sharded(result):
+    found = result("compacted")
+    assert found["step"] == 30
+    assert 0 in found["ranks"].values()
+    assert found["saved"] == {name: rank for name, rank in found["ranks"].items() if rank}
+    assert found["difference"] < 1e-5
 
 
 def test_what_cannot_be_done_is_refused(result):

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainingArguments
 
 import adalora
-from adalora.errors import ConfigError
+from adalora.errors import AdaLoraWarning, ConfigError
 from adalora.integrations.accelerate import register
 
 REFUSED = r"DeepSpeed is not supported: its engine steps .* FSDP2"
@@ -45,12 +45,13 @@ def test_a_process_of_accelerates_launcher(monkeypatch):
 
 
 def test_an_accelerator():
-    controller = adalora.attach(lora(), target_rank=2, total_steps=10)
+    model = lora()
+    controller = adalora.attach(model, target_rank=2, total_steps=10)
     engine = types.SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
     with pytest.raises(ConfigError, match=REFUSED):
         register(engine, controller)
     accelerator = Accelerator(cpu=True)
-    optimizer = torch.optim.SGD(controller.model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     register(accelerator, controller)
     assert accelerator.prepare(optimizer) is not None
 
@@ -72,7 +73,8 @@ NO_FSDP1 = r"FSDP1 .* is not supported: .*fully_shard"
     ],
 )
 def test_other_engines_of_accelerate(fields, message):
-    controller = adalora.attach(lora(), target_rank=2, total_steps=10)
+    model = lora()
+    controller = adalora.attach(model, target_rank=2, total_steps=10)
     with pytest.raises(ConfigError, match=message):
         register(types.SimpleNamespace(**fields), controller)
 
@@ -105,7 +107,8 @@ def test_fsdp1_around_the_model(group, keeps_parameters):
     with pytest.raises(ConfigError, match=NO_FSDP1):
         adalora.attach(wrapped, target_rank=2, total_steps=10)
 
-    model = lora()
+    model, another = lora(), lora()
+    other = adalora.attach(another, target_rank=2, total_steps=10)  # is not in its hands
     controller = adalora.attach(model, target_rank=2, total_steps=10)
     wrapped = around(model)
     optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.1)
@@ -114,4 +117,8 @@ def test_fsdp1_around_the_model(group, keeps_parameters):
     with pytest.raises(ConfigError, match=NO_FSDP1):
         optimizer.step()
     assert all(torch.equal(old, new) for old, new in zip(before, wrapped.parameters()))
-    assert controller.step == 0
+    another(torch.ones(2, 4)).sum().backward()
+    torch.optim.SGD([p for p in another.parameters() if p.requires_grad], lr=0.1).step()
+    assert [controller.step, other.step] == [0, 1]
+    with pytest.warns(AdaLoraWarning, match="training ended after 1 of 10 steps"):
+        other.finalize()

@@ -162,6 +162,11 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
         """The trainer has loaded weights and optimizer of a checkpoint: load the rest."""
         guess = args.resume_from_checkpoint or str(_output(args) / f"checkpoint-{state.global_step}")
         folder = controller.loaded_from or guess
+        if controller.is_sharded and not Path(folder).is_dir():
+            raise CheckpointError(
+                f"{folder}: no such folder, and under FSDP the trainer does not say which one it has loaded. Say it in "
+                "its arguments too: TrainingArguments(…, resume_from_checkpoint=…)"
+            )
         content = read_state(folder)
         if content["step"] != state.global_step:
             raise CheckpointError(
