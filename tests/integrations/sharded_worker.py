@@ -186,14 +186,13 @@ def resumed(folder, settings):
 
 def compacted(folder):
     """A smaller adapter, with a layer that has left it, goes on sharded: loaded before `fully_shard`."""
-    settings = {"target_rank": 1, "score_gradient": "task"}
     alone = lora()
-    single = attach(alone, **settings)
+    single = attach(alone, target_rank=1)
     its_optimizer = adamw(alone)
     for number in range(20):
         step(alone, its_optimizer, number, part=slice(None))
     model = lora()
-    controller = attach(model, **settings)
+    controller = attach(model, target_rank=1)
     controller.load_state_dict(single.state_dict())
     shard(model)
     optimizer, its_optimizer = adamw(model), adamw(alone)

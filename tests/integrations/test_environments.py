@@ -1,14 +1,12 @@
 """The training environments, each by running it: one hook call per real step, the task's loss, a true saved adapter."""
 
 import copy
-from importlib import metadata
 
 import datasets
 import lightning.pytorch as lightning
 import pytest
 import torch
 import trl
-from packaging.requirements import Requirement
 from peft import LoraConfig, PeftModel
 from test_resume_trainer import Tokens, bert, lora, make
 from torch import nn
@@ -16,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 import adalora
 from adalora.integrations.lightning import AdaLoraLightning
-from docs_blocks import ROOT
 
 
 def assert_saved_equals_live(model, base, inputs, folder):
@@ -206,12 +203,3 @@ def test_lightning(tmp_path, manual, moment):
     assert again.ranks == whole.ranks
     assert weights.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in weights.items())
-
-
-def test_what_the_environments_need_is_installed():
-    """Otherwise tests elsewhere, which the oldest versions run too, would be skipped without anybody seeing it."""
-    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for line in project["optional-dependencies"]["environments"]:
-        requirement = Requirement(line)
-        assert requirement.specifier.contains(metadata.version(requirement.name)), requirement.name

@@ -6,6 +6,7 @@ from launching import launch
 
 COMPARED = ["plain", "svd", "reorthonormal", "magnitude", "hybrid_2x1", "hybrid_1x2"]
 RESUMED = ["plain", "svd"]
+CASES = {"compare": COMPARED, "resumed": RESUMED}
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def test_accelerate(result, case):
 
 
 def test_trainer(result):
-    """With accumulation; its losses are those of plain LoRA, its checkpoints are plain adapters, and it goes on from them bit for bit."""
+    """With accumulation; its losses are those of plain LoRA, its checkpoints plain adapters; resumed bit for bit."""
     found = result("trainer")
     assert found["sharded"]
     assert found["steps"] == [[n, n] for n in range(1, 17)]
