@@ -36,7 +36,7 @@ from adalora.integrations.accelerate import register
 from adalora.integrations.fsdp import save_adapter
 
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}
-MOMENTS = [2, 4, 9, 17]
+MOMENTS = [2, 9, 17]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-HANGS = 900  # seconds; only a guard, for the machine may be busy with other things
+HANGS = 1800  # seconds; only a guard, for the machine may be busy with other things
 
 
 def start(command, **environment):

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 import adalora
 from adalora.errors import AdaLoraWarning, ConfigError
 from adalora.integrations.accelerate import register
+from adalora.lora.engines import refuse_launcher
 
 REFUSED = r"DeepSpeed is not supported: its engine steps .* FSDP2"
 
@@ -42,6 +43,22 @@ def test_a_process_of_accelerates_launcher(monkeypatch):
         adalora.attach(lora(), target_rank=2, total_steps=10)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
     assert adalora.attach(lora(), target_rank=2, total_steps=10).live == 3
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", REFUSED),
+        ("ACCELERATE_USE_FSDP", "--use_fsdp of accelerate launch is not supported for recipes: .*--multi_gpu"),
+        ("ACCELERATE_USE_MEGATRON_LM", "--use_megatron_lm of accelerate launch is not supported for recipes"),
+    ],
+)
+def test_launchers_that_cut_a_recipes_model(variable, message, monkeypatch):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ConfigError, match=message):
+        refuse_launcher()
+    monkeypatch.setenv(variable, "false")
+    refuse_launcher()
 
 
 def test_an_accelerator():

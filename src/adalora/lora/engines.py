@@ -33,7 +33,29 @@ NO_STRATEGY = (
     "Lightning's {name} is not supported: it cuts the model before the callback can prepare it, and loads and saves by "
     "its own formats. Use Trainer(strategy='ddp'), or fully_shard in a loop of your own"
 )
+NO_SHARDED_RECIPE = (
+    "{flag} of accelerate launch is not supported for recipes: every process trains and saves a whole model. Leave it "
+    "out (accelerate launch --multi_gpu --num_processes 2 -m adalora train …), or use fully_shard in a loop of your "
+    "own, Accelerate's plugin or the Trainer's fsdp"
+)
+SHARDING_LAUNCHERS = {"ACCELERATE_USE_FSDP": "--use_fsdp", "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm"}
 REFUSED_STRATEGIES = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
+
+
+def refuse_launcher() -> None:
+    """Stop a recipe whose launcher will cut the model into shards.
+
+    Raises:
+        ConfigError: It will.
+    """
+    refuse_deepspeed()
+    for variable, flag in SHARDING_LAUNCHERS.items():
+        if _asked(variable):
+            raise ConfigError(NO_SHARDED_RECIPE.format(flag=flag))
 
 
 def refuse_deepspeed(model: nn.Module | None = None, *, configured: Any = None) -> None:
@@ -49,8 +71,7 @@ def refuse_deepspeed(model: nn.Module | None = None, *, configured: Any = None) 
     """
     engine = model is not None and any(kind.__module__.split(".")[0] == "deepspeed" for kind in type(model).__mro__)
     partitioned = model is not None and any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes")
-    if engine or partitioned or launched or configured:
+    if engine or partitioned or _asked("ACCELERATE_USE_DEEPSPEED") or configured:
         raise ConfigError(NO_DEEPSPEED)
 
 
