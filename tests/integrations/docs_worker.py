@@ -1,8 +1,9 @@
-"""Runs the blocks of one section of docs/training.md, in each of several processes started by torchrun.
+"""Runs the blocks of sections of docs/training.md, in each of several processes started by torchrun.
 
-Usage: torchrun --nproc_per_node 2 docs_worker.py SECTION FOLDER
+Usage: torchrun --nproc_per_node 2 docs_worker.py FOLDER SECTION …
 """
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +12,8 @@ import datasets
 import torch
 from test_environments import llama, sentence, tokenizer
 from test_resume_trainer import Tokens, bert
+
+import adalora
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from docs_blocks import run, sections
@@ -42,7 +45,14 @@ def given(folder, title):
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    title, folder = sys.argv[1:]
-    names = given(folder, title)
-    for block in sections("docs/training.md")[title]:
-        run(block, names, where=f"docs/training.md: {title}")
+    folder, *titles = sys.argv[1:]
+    for title in titles:
+        names = given(folder, title)
+        for block in sections("docs/training.md")[title]:
+            run(block, names, where=f"docs/training.md: {title}")
+        if "trainer" in names:
+            (names["controller"],) = adalora.controllers(names["trainer"].model).values()
+        assert os.environ["WORLD_SIZE"] == "2"
+        if "accelerator" in names:
+            assert names["accelerator"].num_processes == 2
+        print(f"{title}: {names['controller'].live} of {names['controller'].target_budget}", flush=True)

@@ -10,6 +10,7 @@ from peft import PeftModel
 from test_resume_trainer import bert
 
 import adalora
+from adalora.lora.checkpoint import is_whole
 from docs_blocks import run, sections
 
 SECTIONS = sections("docs/training.md")
@@ -19,11 +20,20 @@ WITH_ADAPTER = ["Your own loop", "torch.compile", "Quantised bases"]
 
 @pytest.mark.parametrize("title", SEVERAL)
 def test_two_processes_run_the_blocks_of(title, tmp_path):
-    start([*TORCHRUN, str(HERE / "docs_worker.py"), title, str(tmp_path)])
+    start([*TORCHRUN, str(HERE / "docs_worker.py"), str(tmp_path), title])
     loaded = PeftModel.from_pretrained(bert(), tmp_path / "adapter")
     ranks = [m.lora_A["default"].out_features for m in loaded.modules() if "default" in getattr(m, "lora_A", {})]
     layers = sum(1 for name, _ in bert().named_modules() if name.rpartition(".")[2] in ("query", "value", "dense"))
     assert sum(ranks) == 8 * layers
+
+
+def test_two_processes_run_the_trainers_and_accelerates_blocks_unchanged(tmp_path):
+    titles = ["Hugging Face Trainer", "Accelerate"]
+    printed = start([*TORCHRUN, str(HERE / "docs_worker.py"), str(tmp_path), *titles])
+    layers = sum(1 for name, _ in bert().named_modules() if name.rpartition(".")[2] in ("query", "value", "dense"))
+    assert [printed.count(f"{title}: {8 * layers} of {8 * layers}") for title in titles] == [2, 2]
+    assert (tmp_path / "out" / "checkpoint-20" / "adalora_state.json").is_file()
+    assert is_whole(tmp_path / "accelerate")
 
 
 @pytest.mark.parametrize("title", [title for title in SECTIONS if title not in SEVERAL])
