@@ -8,9 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
-import datasets
 import torch
-from test_environments import llama, sentence, tokenizer
 from test_resume_trainer import Tokens, bert
 
 import adalora
@@ -27,6 +25,9 @@ def given(folder, title):
         inputs = torch.randint(0, 100, (4, 10))
         batches = [{"input_ids": inputs, "labels": (inputs[:, 0] > 50).long()}] * 20
         return {"base": bert(), "fresh_base": bert, "dataset": Tokens(64), "batches": batches, "folder": str(folder)}
+    import datasets
+    from test_environments import llama, sentence, tokenizer  # with TRL and Lightning: long to import
+
     base, inputs = llama(width=128), torch.randint(4, 64, (4, 10))
     base.save_pretrained(Path(folder) / "base")
     columns = {name: [sentence(i + n) for i in range(32)] for n, name in enumerate(("prompt", "chosen", "rejected"))}
