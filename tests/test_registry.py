@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import adalora
 from adalora.errors import AttachError, ConfigError
@@ -72,3 +73,20 @@ def test_controllers_of_several_models_run_side_by_side():
             optimizer.zero_grad()
     assert [c.step for c in controllers] == [3, 10]
     assert [c.live for c in controllers] == [2, 1]
+
+
+def test_a_rehearsal_is_no_step():
+    """torch steps an untouched optimizer once, at a learning rate of 0, to see what state it will have."""
+    model = lora()
+    controller = adalora.attach(model, target_rank=2, total_steps=10)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)  # wraps `step`
+    assert get_optimizer_state_dict(model, optimizer)["state"]
+    assert controller.step == 0
+    for _ in range(2):
+        model(torch.ones(2, 6)).sum().backward()
+        optimizer.step()
+        scheduler.step()
+    assert controller.step == 2
+    get_optimizer_state_dict(model, optimizer)
+    assert controller.step == 2

@@ -17,11 +17,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from adalora.config import AdaLoraConfig
 from adalora.controller import RankController
 from adalora.errors import AttachError
-from adalora.lora.engines import refuse_deepspeed
+from adalora.lora.engines import refuse_flattened, refuse_model
 from adalora.lora.triplets import adapter_name
 from adalora.report.history import History
 from adalora.report.live import diagnose_live
 from adalora.report.thresholds import DiagnosticThresholds
+
+REHEARSED_BY, REHEARSAL = "torch.distributed.checkpoint.state_dict", "_init_optim_state"
+REHEARSAL_DEPTH = 6  # frames between it and the hook: subclasses' and schedulers' wrappers of `step`
 
 # By model, then by adapter name. The model's end is the controllers' end: they hold it weakly.
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, dict[str, RankController]] = weakref.WeakKeyDictionary()
@@ -32,15 +35,35 @@ _ATTACHED: weakref.WeakKeyDictionary[nn.Module, dict[str, RankController]] = wea
 _RUNNING: weakref.WeakKeyDictionary[Optimizer, FrameType] = weakref.WeakKeyDictionary()
 
 
+def _rehearsed(frame: FrameType | None) -> bool:
+    """Whether torch makes this step to see an optimizer's state: without gradients, at a learning rate of 0.
+
+    `torch.distributed.checkpoint.state_dict` does, for an optimizer that has not stepped yet.
+    """
+    for _ in range(REHEARSAL_DEPTH):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == REHEARSAL and frame.f_globals.get("__name__") == REHEARSED_BY:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _before_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     caller = sys._getframe(1)
+    if _rehearsed(caller.f_back):
+        return None
     outer, frame = _RUNNING.get(optimizer), caller.f_back
     while outer is not None and frame is not None and frame is not outer:
         frame = frame.f_back
     if outer is not None and frame is not None:
         return None
     _RUNNING[optimizer] = caller
-    mine = [c for c in _all_controllers() if not c.finished and c.owns(optimizer)]
+    living = [c for c in _all_controllers() if not c.finished]
+    for controller in living:
+        if controller.step == 0:  # whoever wrapped the model has done so by now
+            refuse_flattened(controller.handles, optimizer)
+    mine = [c for c in living if c.owns(optimizer)]
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if not mine:
         return None
@@ -168,10 +191,10 @@ def attach(
         The controller. Keeping it is not needed: it lives as long as the model.
 
     Raises:
-        ConfigError: A setting is wrong, or DeepSpeed trains the model.
+        ConfigError: A setting is wrong, or an engine that is not supported has the model.
         AttachError: The model has no LoRA layer that fits, or is attached already.
     """
-    refuse_deepspeed(model)
+    refuse_model(model)
     config = AdaLoraConfig.given(config, fields)
     adapter = adapter_name(model, adapter)
     taken = controllers(model)

@@ -1,18 +1,16 @@
-"""What each of two processes runs, started by torchrun; rank 0 writes the results.
+"""What each of two processes runs under DDP, started by torchrun; rank 0 writes the results.
 
-Usage: torchrun --nproc_per_node 2 distributed_worker.py CASE FOLDER
+Usage: torchrun --nproc_per_node 2 distributed_worker.py FOLDER CASE …
 """
 
 import copy
-import json
-import sys
-import warnings
-from pathlib import Path
 
+import lightning.pytorch as lightning
 import torch
 import torch.distributed as dist
-from launching import gathered
+from launching import gathered, serve
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_environments import assert_saved_equals_live, lightning_module
 from test_resume_loops import Net, adamw, attach, lora
 from test_resume_trainer import Tokens, bert
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import adalora
 from adalora.errors import CompactionError
+from adalora.integrations.lightning import AdaLoraLightning
 
 STEPS = 30
 MOMENTS = [2, 4, 7, 9, 16, 25]
@@ -152,6 +151,27 @@ class Count(TrainerCallback):
         self.steps.append([state.global_step, controller.step])
 
 
+def still_losses(folder, **arguments):
+    """What the Trainer reports where the weights stay where they are: by our callback, and without."""
+    found = {}
+    for name in ("ours", "plain"):
+        torch.manual_seed(3)
+        config = LoraConfig(r=6, lora_alpha=12, task_type="SEQ_CLS", target_modules=r".*encoder.*\.(query|dense)")
+        trainer = Trainer(
+            model=get_peft_model(bert(), config),
+            args=TrainingArguments(
+                output_dir=f"{folder}/still", max_steps=8, save_strategy="no", per_device_train_batch_size=4,
+                gradient_accumulation_steps=2, learning_rate=1e-9, report_to=[], use_cpu=True, disable_tqdm=True,
+                dataloader_pin_memory=False, logging_steps=1, **arguments,
+            ),
+            train_dataset=Tokens(64),
+            callbacks=[adalora.AdaLoraCallback(target_rank=2, allocation_interval=1)] if name == "ours" else [],
+        )  # fmt: skip
+        trainer.train()
+        found[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return found
+
+
 def through_trainer(folder):
     """The Trainer wraps by itself; resumed in the middle it ends in the same weights."""
 
@@ -182,6 +202,10 @@ def through_trainer(folder):
 
     trainer, callback, count = make("whole")
     trainer.train()
+    inputs = {"input_ids": Tokens(8).inputs}
+    stock = PeftModel.from_pretrained(bert(), f"{folder}/whole/checkpoint-16").eval()
+    with torch.no_grad():
+        difference = (stock(**inputs).logits - trainer.model.eval()(**inputs).logits).abs().max()
     whole = checksum(trainer.model)
     whole_ranks = callback.controller.ranks
     resumed, again, _ = make("resumed")
@@ -197,27 +221,55 @@ def through_trainer(folder):
         "target": callback.controller.target_budget,
         "live": callback.controller.live,
         "in_memory": sum(h.rank for h in callback.controller.handles),
-        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "difference": float(difference),
+        "losses": still_losses(folder, ddp_find_unused_parameters=False),
     }
 
 
-def main():
-    warnings.simplefilter("ignore")
-    case, folder = sys.argv[1], Path(sys.argv[2])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    cases = {
-        "raw": lambda: raw(folder, careless=False),
-        "careless": lambda: raw(folder, careless=True),
-        "environment": lambda: environment(folder),
-        "resumed": lambda: resumed(folder),
-        "trainer": lambda: through_trainer(folder),
-    }
-    result = cases[case]()
+def through_lightning(folder):
+    """Its own DDP strategy; resumed in the middle it ends in the same weights."""
+
+    class Save(lightning.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 6:
+                trainer.save_checkpoint(folder / "saved.ckpt")
+
+    def fit(path=None):
+        lightning.seed_everything(1, verbose=False)
+        callback = AdaLoraLightning(target_rank=2, allocation_interval=1, warmup=2, final=6)
+        trainer = lightning.Trainer(
+            max_steps=16, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=folder, callbacks=[callback, Save()],
+        )  # fmt: skip
+        module = lightning_module(manual=False)
+        trainer.fit(module, torch.utils.data.DataLoader(Tokens(256), batch_size=4), ckpt_path=path)
+        return trainer, module, callback.controller
+
+    trainer, module, controller = fit()
     if dist.get_rank() == 0:
-        (folder / f"{case}.json").write_text(json.dumps(result))
+        assert_saved_equals_live(module.model, bert(), {"input_ids": Tokens(8).inputs}, folder / "adapter")
     dist.barrier()
-    dist.destroy_process_group()
+    _, resumed, its_controller = fit(folder / "saved.ckpt")
+    return {
+        "world": trainer.world_size,
+        "steps": [trainer.global_step, controller.step],
+        "ranks": gathered(controller.ranks),
+        "same": gathered(checksum(module)),
+        "resumed": checksum(resumed),
+        "resumed_ranks": its_controller.ranks,
+        "live": controller.live,
+        "target": controller.target_budget,
+    }
 
 
-main()
+CASES = {
+    "raw": lambda folder: raw(folder, careless=False),
+    "careless": lambda folder: raw(folder, careless=True),
+    "environment": environment,
+    "resumed": resumed,
+    "trainer": through_trainer,
+    "lightning": through_lightning,
+}
+
+if __name__ == "__main__":
+    serve(lambda case, folder: CASES[case](folder))

@@ -1,8 +1,9 @@
-"""Runs the blocks of one section of docs/training.md, in each of several processes started by torchrun.
+"""Runs the blocks of sections of docs/training.md, in each of several processes started by torchrun.
 
-Usage: torchrun --nproc_per_node 2 docs_worker.py SECTION FOLDER
+Usage: torchrun --nproc_per_node 2 docs_worker.py FOLDER SECTION …
 """
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -10,18 +11,34 @@ from pathlib import Path
 import torch
 from test_resume_trainer import Tokens, bert
 
+import adalora
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from docs_blocks import run, sections
 
+DECODERS = ["TRL", "Quantised bases"]  # sections whose base generates text
 
-def given(folder):
+
+def given(folder, title):
     """The names that the page says are there."""
-    inputs = torch.randint(0, 100, (4, 10))
+    if title not in DECODERS:
+        inputs = torch.randint(0, 100, (4, 10))
+        batches = [{"input_ids": inputs, "labels": (inputs[:, 0] > 50).long()}] * 20
+        return {"base": bert(), "fresh_base": bert, "dataset": Tokens(64), "batches": batches, "folder": str(folder)}
+    import datasets
+    from test_environments import llama, sentence, tokenizer  # with TRL and Lightning: long to import
+
+    base, inputs = llama(width=128), torch.randint(4, 64, (4, 10))
+    base.save_pretrained(Path(folder) / "base")
+    columns = {name: [sentence(i + n) for i in range(32)] for n, name in enumerate(("prompt", "chosen", "rejected"))}
     return {
-        "base": bert(),
-        "fresh_base": bert,
-        "dataset": Tokens(64),
-        "batches": [{"input_ids": inputs, "labels": (inputs[:, 0] > 50).long()}] * 20,
+        "base": base,
+        "fresh_base": llama,
+        "checkpoint": str(Path(folder) / "base"),
+        "batches": [{"input_ids": inputs, "labels": inputs}] * 20,
+        "texts": datasets.Dataset.from_dict({"text": [sentence(i) for i in range(32)]}),
+        "preferences": datasets.Dataset.from_dict(columns),
+        "tokenizer": tokenizer(),
         "folder": str(folder),
     }
 
@@ -29,7 +46,14 @@ def given(folder):
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    title, folder = sys.argv[1:]
-    names = given(folder)
-    for block in sections("docs/training.md")[title]:
-        run(block, names, where=f"docs/training.md: {title}")
+    folder, *titles = sys.argv[1:]
+    for title in titles:
+        names = given(folder, title)
+        for block in sections("docs/training.md")[title]:
+            run(block, names, where=f"docs/training.md: {title}")
+        if "trainer" in names:
+            (names["controller"],) = adalora.controllers(names["trainer"].model).values()
+        assert os.environ["WORLD_SIZE"] == "2"
+        if "accelerator" in names:
+            assert names["accelerator"].num_processes == 2
+        print(f"{title}: {names['controller'].live} of {names['controller'].target_budget}", flush=True)

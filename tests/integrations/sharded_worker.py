@@ -1,17 +1,12 @@
 """What each of two processes runs under FSDP2, started by torchrun; rank 0 writes the results.
 
-Usage: torchrun --nproc_per_node 2 sharded_worker.py CASE FOLDER
+Usage: torchrun --nproc_per_node 2 sharded_worker.py FOLDER CASE …
 """
-
-import json
-import sys
-import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from launching import gathered
+from launching import gathered, serve
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_resume_loops import Net
 from torch.distributed.checkpoint.state_dict import (
@@ -21,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
@@ -45,19 +41,22 @@ SETTINGS = {
     },
     "reorthonormal": {"reorthonormalize": True},
     "magnitude": {"importance": "magnitude"},
+    "hybrid_2x1": {},
+    "hybrid_1x2": {},
 }  # fmt: skip
+MESHES = {"hybrid_2x1": (2, 1), "hybrid_1x2": (1, 2)}  # replicas by shards
 
 
 def attach(model, **settings):
     return adalora.attach(model, **{"target_rank": 2, "total_steps": STEPS, "allocation_interval": 3, **settings})
 
 
-def shard(model):
+def shard(model, mesh=None):
     """Layer by layer, and what is left."""
     net = model.base_model.model
     for layer in (net.first, net.second, net.third):
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def adamw(model):
@@ -80,10 +79,10 @@ def mine():
     return slice(8 * rank, 8 * rank + 8)
 
 
-def begin(settings):
+def begin(settings, mesh=None):
     model = lora()
     controller = attach(model, **settings)
-    shard(model)
+    shard(model, mesh)
     return model, controller, adamw(model)
 
 
@@ -98,9 +97,9 @@ def delta_weights(state, controller):
     return torch.cat([h.scale / h.gain * (P @ Q).flatten() for h, (P, Q) in zip(controller.handles, parts)])
 
 
-def compare(folder, settings):
+def compare(folder, settings, mesh=None):
     """The same run by two processes on half a batch each, and by one."""
-    model, controller, optimizer = begin(settings)
+    model, controller, optimizer = begin(settings, mesh)
     assert all(isinstance(p, DTensor) for h in controller.handles for p, _ in h.factors.values())
     alone = lora()
     single = attach(alone, compact=False, **settings)
@@ -185,6 +184,29 @@ def resumed(folder, settings):
     }
 
 
+def compacted(folder):
+    """A smaller adapter, with a layer that has left it, goes on sharded: loaded before `fully_shard`."""
+    alone = lora()
+    single = attach(alone, target_rank=1)
+    its_optimizer = adamw(alone)
+    for number in range(20):
+        step(alone, its_optimizer, number, part=slice(None))
+    model = lora()
+    controller = attach(model, target_rank=1)
+    controller.load_state_dict(single.state_dict())
+    shard(model)
+    optimizer, its_optimizer = adamw(model), adamw(alone)
+    for number in range(20, STEPS):
+        step(model, optimizer, number, part=mine())
+        step(alone, its_optimizer, number, part=slice(None))
+    controller.finalize()
+    saved = check_saved(model, controller, folder / "adapter")
+    x = torch.randn(7, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        difference = float((model.eval()(x) - alone.eval()(x)).abs().max())
+    return {"saved": saved, "ranks": single.ranks, "step": controller.step, "difference": difference}
+
+
 def told(controller):
     return [{k: v for k, v in record.items() if k != "seconds"} for record in controller.history.records]
 
@@ -228,21 +250,15 @@ def refusals(folder):
     return {"said": said}
 
 
-def main():
-    warnings.simplefilter("ignore")
-    case, folder = sys.argv[1], Path(sys.argv[2])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def run(case, folder):
     kind, _, name = case.partition("-")
-    if kind == "refusals":
-        result = refusals(folder)
-    else:
-        result = {"compare": compare, "resumed": resumed}[kind](folder, SETTINGS[name])
-    if dist.get_rank() == 0:
-        (folder / f"{case}.json").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+    if kind in ("refusals", "compacted"):
+        return {"refusals": refusals, "compacted": compacted}[kind](folder)
+    if kind == "resumed":
+        return resumed(folder, SETTINGS[name])
+    mesh = init_device_mesh("cpu", MESHES[name], mesh_dim_names=("replicas", "shards")) if name in MESHES else None
+    return compare(folder, SETTINGS[name], mesh)
 
 
 if __name__ == "__main__":
-    main()
+    serve(run)

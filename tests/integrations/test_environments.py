@@ -1,16 +1,19 @@
 """The training environments, each by running it: one hook call per real step, the task's loss, a true saved adapter."""
 
 import copy
-import warnings
 
+import datasets
+import lightning.pytorch as lightning
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+import trl
+from peft import LoraConfig, PeftModel
 from test_resume_trainer import Tokens, bert, lora, make
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 import adalora
+from adalora.integrations.lightning import AdaLoraLightning
 
 
 def assert_saved_equals_live(model, base, inputs, folder):
@@ -104,9 +107,6 @@ def sentence(start):
 @pytest.mark.filterwarnings("ignore")
 def test_trl(tmp_path, kind):
     """`peft_config=LoraConfig(…)` and our callback; TRL makes the PEFT model itself."""
-    trl = pytest.importorskip("trl")
-    import datasets
-
     callback = adalora.AdaLoraCallback(target_rank=2, allocation_interval=1)
     common = {
         "output_dir": str(tmp_path / "out"), "max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 5e-3,
@@ -142,7 +142,7 @@ def test_trl(tmp_path, kind):
     assert_saved_equals_live(model, base, inputs, tmp_path / "adapter")
 
 
-def lightning_module(lightning, *, manual):
+def lightning_module(*, manual):
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
@@ -176,8 +176,6 @@ def lightning_module(lightning, *, manual):
 @pytest.mark.filterwarnings("ignore")
 def test_lightning(tmp_path, manual, moment):
     """Automatic and manual optimisation, resumed before and after compaction, bit for bit."""
-    lightning = pytest.importorskip("lightning").pytorch
-    from adalora.integrations.lightning import AdaLoraLightning
 
     def fit(steps, path=None, name="whole"):
         lightning.seed_everything(1, verbose=False)
@@ -186,7 +184,7 @@ def test_lightning(tmp_path, manual, moment):
             max_steps=16, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
             default_root_dir=tmp_path / name, callbacks=[callback, Save()],
         )  # fmt: skip
-        module = lightning_module(lightning, manual=manual)
+        module = lightning_module(manual=manual)
         loader = torch.utils.data.DataLoader(Tokens(128), batch_size=4)
         trainer.fit(module, loader, ckpt_path=path)
         assert trainer.global_step == callback.controller.step == 16
@@ -205,105 +203,3 @@ def test_lightning(tmp_path, manual, moment):
     assert again.ranks == whole.ranks
     assert weights.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[name]) for name, value in weights.items())
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_torch_compile(tmp_path):
-    """Masking does not recompile; the model shrinks and goes on; the result is that of the eager model."""
-
-    def train(compiled):
-        torch.manual_seed(2)
-        model = get_peft_model(bert(), LoraConfig(r=6, lora_alpha=12, target_modules=["query", "value", "dense"]))
-        controller = adalora.attach(model, target_rank=2, total_steps=20, allocation_interval=1)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-        forward = torch.compile(model, backend="aot_eager") if compiled else model
-        inputs, losses, counts = Tokens(8).inputs, [], []
-        for _ in range(20):
-            loss = forward(input_ids=inputs, labels=(inputs[:, 0] > 50).long()).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        return controller, model, losses, counts
-
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    controller, model, losses, counts = train(compiled=True)
-    _, _, eager, _ = train(compiled=False)
-    end = controller.schedule.decrease_end
-    assert controller.allocations > 3
-    assert counts[1] == counts[end]  # masks: no new graph
-    assert controller.live == sum(h.rank for h in controller.handles) == controller.target_budget
-    assert controller.step == 20
-    assert torch.allclose(torch.tensor(losses), torch.tensor(eager), atol=1e-3)
-    torch.manual_seed(2)
-    assert_saved_equals_live(model, bert(), {"input_ids": Tokens(8).inputs}, tmp_path / "adapter")
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.filterwarnings("ignore")
-def test_bitsandbytes_bases(tmp_path, bits):
-    """A base quantised by bitsandbytes."""
-    pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    llama(width=128).save_pretrained(tmp_path / "base")
-    settings = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
-
-    def base():
-        return LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings, device_map="cpu")
-
-    quantised(base, tmp_path)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_torchao_base(tmp_path):
-    """A base quantised by torchao."""
-    pytest.importorskip("torchao")
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    def base():
-        model = llama()
-        quantize_(model.model, Int8WeightOnlyConfig())
-        return model
-
-    quantised(base, tmp_path)
-
-
-def quantised(base, folder):
-    """Train on a quantised base; the saved adapter on another copy of it computes the same."""
-    model = get_peft_model(base(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]))
-    controller = adalora.attach(model, target_rank=2, total_steps=16, allocation_interval=1)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    tokens = torch.randint(4, 64, (4, 10))
-    losses = []
-    for _ in range(16):
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    controller.finalize()
-    assert controller.step == 16
-    assert losses[-1] < losses[0]
-    assert controller.live == sum(h.rank for h in controller.handles) == controller.target_budget
-    model.save_pretrained(folder / "adapter")
-    loaded = PeftModel.from_pretrained(base(), folder / "adapter")
-    layers = dict(loaded.named_modules())
-    # By ΔW: on a CPU, bitsandbytes' 4-bit base itself computes otherwise after a backward pass, without any adapter.
-    for name, module in model.named_modules():
-        if "default" in getattr(module, "lora_A", {}):
-            assert torch.equal(module.get_delta_weight("default"), layers[name].get_delta_weight("default"))
-
-
-def test_deepspeed_is_refused_at_once(tmp_path):
-    """With the reason and what to do instead."""
-    trainer, _ = make(tmp_path)
-    trainer.args.deepspeed = "ds.json"
-    callback = adalora.AdaLoraCallback(target_rank=2)
-    with pytest.raises(adalora.AdaLoraError, match=r"DeepSpeed is not supported: its engine steps .* FSDP2"):
-        callback.on_init_end(trainer.args, trainer.state, trainer.control, model=lora())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert adalora.controllers(trainer.model)

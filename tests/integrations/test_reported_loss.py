@@ -5,8 +5,10 @@ Weights then stay where they are, so that anything else in the loss, a regularis
 
 import copy
 
+import datasets
 import pytest
 import torch
+import trl
 from accelerate import Accelerator
 from peft import LoraConfig
 from test_environments import VARIANTS, Summed, assert_saved_equals_live, llama, sentence, tokenizer
@@ -59,9 +61,6 @@ def test_trainer(tmp_path, name):
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 @pytest.mark.filterwarnings("ignore")
 def test_trl(tmp_path, kind):
-    trl = pytest.importorskip("trl")
-    import datasets
-
     columns = {"text": [sentence(i) for i in range(32)]}
     if kind == "dpo":
         columns = {
@@ -89,8 +88,33 @@ def test_trl(tmp_path, kind):
 
 
 @pytest.mark.parametrize("accumulated", [1, 3])
+def test_own_loop(tmp_path, accumulated):
+    """One hook call per real step, the task's loss, and a true saved adapter: during the decrease and at the end."""
+    model = lora()
+    controller = adalora.attach(model, target_rank=2, total_steps=STEPS, allocation_interval=1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    inputs = {"input_ids": Tokens(8).inputs}
+    for number, batch in enumerate(DataLoader(Tokens(4 * STEPS * accumulated), batch_size=4)):
+        outputs = model.train()(**batch)
+        task = nn.functional.cross_entropy(outputs.logits, batch["labels"])
+        assert outputs.loss.item() == pytest.approx(task.item(), abs=1e-6)
+        outputs.loss.backward()
+        if (number + 1) % accumulated == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            if controller.step == STEPS // 3:
+                assert controller.phase == "decrease"
+                assert_saved_equals_live(model, bert(), inputs, tmp_path / "third")
+        assert controller.step == (number + 1) // accumulated
+    controller.finalize()
+    assert controller.step == STEPS
+    assert controller.live == sum(h.rank for h in controller.handles) == controller.target_budget
+    assert_saved_equals_live(model, bert(), inputs, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
 def test_accelerate(tmp_path, accumulated):
-    """One hook call per real step, the task's loss, and a true saved adapter, in a loop of one's own."""
+    """The same, in a loop that Accelerate wraps."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulated)
     model = lora()
     controller = adalora.attach(model, target_rank=2, total_steps=STEPS, allocation_interval=1)

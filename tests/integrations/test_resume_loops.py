@@ -15,8 +15,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import adalora
+from adalora.errors import CheckpointError
 from adalora.integrations.accelerate import register
-from adalora.lora.checkpoint import is_whole, read_state, write_state
+from adalora.lora.checkpoint import DESCRIPTION, TENSORS, is_whole, read_state, write_state
 
 STEPS = 30
 # Warm-up ends with step 4, allocations follow from step 7 on, compaction comes with step 16.
@@ -141,24 +142,24 @@ def test_a_model_state_dict_brings_its_ranks(moment):
     assert all(torch.equal(wanted[k], v) for k, v in model.state_dict().items())
 
 
+def begin_accelerate(how="register", model=None, **settings):
+    model = model or lora()
+    controller = attach(model, **settings)
+    accelerator = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(model, adamw(model))
+    if how == "register":
+        register(accelerator, controller)
+    else:
+        accelerator.register_for_checkpointing(controller)
+    return accelerator, prepared, optimizer, controller
+
+
 @pytest.mark.parametrize("how", ["register", "register_for_checkpointing"])
 @pytest.mark.parametrize("moment", [4, 10, 17])
 def test_accelerate(tmp_path, moment, how):
     """`save_state` and `load_state`, either way of telling Accelerate."""
-
-    def begin():
-        model = lora()
-        controller = attach(model)
-        accelerator = Accelerator(cpu=True)
-        prepared, optimizer = accelerator.prepare(model, adamw(model))
-        if how == "register":
-            register(accelerator, controller)
-        else:
-            accelerator.register_for_checkpointing(controller)
-        return accelerator, prepared, optimizer, controller
-
     wanted = whole_run()
-    accelerator, model, optimizer, controller = begin()
+    accelerator, model, optimizer, controller = begin_accelerate(how)
     for step in range(moment):
         one_step(model, optimizer, step, accelerator.backward)
     accelerator.save_state(tmp_path / "state")
@@ -167,12 +168,108 @@ def test_accelerate(tmp_path, moment, how):
     accelerator.free_memory()
     del model, optimizer, controller
 
-    accelerator, model, optimizer, controller = begin()
+    accelerator, model, optimizer, controller = begin_accelerate(how)
     accelerator.load_state(tmp_path / "state")
     for step in range(moment, STEPS):
         one_step(model, optimizer, step, accelerator.backward)
     controller.finalize()
     assert_equal(outcome(model, controller), wanted)
+
+
+@pytest.mark.parametrize(
+    "dies_in",
+    [
+        "accelerate.accelerator.Accelerator.get_state_dict",
+        "accelerate.accelerator.save_accelerator_state",
+        "accelerate.checkpointing.torch.save",
+        "adalora.integrations.accelerate.write_state",
+    ],
+)
+def test_accelerate_killed_while_it_saves(tmp_path, monkeypatch, dies_in):
+    """Whatever was written by then, the checkpoint before it is the newest whole one."""
+    accelerator, model, optimizer, controller = begin_accelerate()
+    for step in range(4):
+        one_step(model, optimizer, step, accelerator.backward)
+    accelerator.save_state(tmp_path / "checkpoint_0")
+
+    def die(*args, **kwargs):
+        raise RuntimeError("the power is gone")
+
+    monkeypatch.setattr(dies_in, die)
+    for step in range(4, 8):
+        one_step(model, optimizer, step, accelerator.backward)
+    with pytest.raises(RuntimeError, match="power"):
+        accelerator.save_state(tmp_path / "checkpoint_1")
+    assert adalora.latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint_0")
+    with pytest.raises(CheckpointError, match=r"checkpoint_1: no adalora_state.json"):
+        accelerator.load_state(tmp_path / "checkpoint_1")
+    assert controller.step == 8
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", TENSORS, DESCRIPTION])
+def test_accelerate_refuses_a_damaged_checkpoint(tmp_path, name, damage):
+    """Each file of it, Accelerate's own too; nothing of the model has changed when the error comes."""
+    accelerator, model, optimizer, controller = begin_accelerate()
+    for step in range(3):
+        one_step(model, optimizer, step, accelerator.backward)
+    accelerator.save_state(tmp_path / "state")
+    one_step(model, optimizer, 3, accelerator.backward)
+    before = outcome(model, controller)
+    hurt(tmp_path / "state" / name, damage)
+    with pytest.raises(CheckpointError, match=rf"{name}.*adalora.latest_checkpoint"):
+        accelerator.load_state(tmp_path / "state")
+    assert_equal(outcome(model, controller), before)
+    assert controller.step == 4
+
+
+def hurt(file, damage):
+    data = bytearray(file.read_bytes())
+    file.unlink()
+    data[len(data) // 2] ^= 4
+    if damage != "missing":
+        file.write_bytes(data if damage == "flipped" else data[: len(data) // 2])
+
+
+def other_base():
+    """The same shapes, other weights."""
+    model = lora()
+    with torch.no_grad():
+        model.base_model.model.second.base_layer.weight.mul_(1.5)
+    return model
+
+
+def fewer_targets():
+    torch.manual_seed(1)
+    return get_peft_model(Net(), LoraConfig(r=6, lora_alpha=12, target_modules=["first", "second"]))
+
+
+@pytest.mark.parametrize("how", ["raw", "accelerate"])
+@pytest.mark.parametrize(
+    ("make", "settings", "message"),
+    [
+        (lora, {"target_rank": 2}, r"config differs.*target_rank: 1.0 in the checkpoint, 2.0 here"),
+        (lora, {"total_steps": 31}, r"total_steps: 30 in the checkpoint, 31 here"),
+        (fewer_targets, {}, r"other target modules: 1 only in the checkpoint \(third\)"),
+        (other_base, {}, r"other weights: 1 of 3 layers differ in base, second: "),
+    ],
+)
+def test_another_run_is_refused_with_the_difference(tmp_path, how, make, settings, message):
+    accelerator, model, optimizer, controller = begin_accelerate()
+    for step in range(8):
+        one_step(model, optimizer, step, accelerator.backward)
+    if how == "accelerate":
+        accelerator.save_state(tmp_path)
+    else:
+        torch.save(controller.state_dict(), tmp_path / "state")
+    accelerator.free_memory()
+    accelerator, model, _, controller = begin_accelerate(model=make(), **settings)
+    before = outcome(model, controller)
+    load = accelerator.load_state if how == "accelerate" else controller.load_state_dict
+    source = tmp_path if how == "accelerate" else torch.load(tmp_path / "state", weights_only=True)
+    with pytest.raises(CheckpointError, match=message):
+        load(source)
+    assert_equal(outcome(model, controller), before)
 
 
 def test_the_state_survives_a_disk(tmp_path):

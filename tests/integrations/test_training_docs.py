@@ -1,44 +1,72 @@
 """Every block of docs/training.md runs, section by section."""
 
+import functools
+
 import pytest
+import torch
 from docs_worker import given
 from launching import HERE, TORCHRUN, start
 from peft import PeftModel
 from test_resume_trainer import bert
 
+import adalora
+from adalora.lora.checkpoint import is_whole
 from docs_blocks import run, sections
 
 SECTIONS = sections("docs/training.md")
-
-
 SEVERAL = ["DDP", "FSDP2"]  # sections that two processes run
+WITH_ADAPTER = ["Your own loop", "torch.compile", "Quantised bases"]
 
 
 @pytest.mark.parametrize("title", SEVERAL)
 def test_two_processes_run_the_blocks_of(title, tmp_path):
-    start([*TORCHRUN, str(HERE / "docs_worker.py"), title, str(tmp_path)])
+    start([*TORCHRUN, str(HERE / "docs_worker.py"), str(tmp_path), title])
     loaded = PeftModel.from_pretrained(bert(), tmp_path / "adapter")
     ranks = [m.lora_A["default"].out_features for m in loaded.modules() if "default" in getattr(m, "lora_A", {})]
     layers = sum(1 for name, _ in bert().named_modules() if name.rpartition(".")[2] in ("query", "value", "dense"))
     assert sum(ranks) == 8 * layers
 
 
+def test_two_processes_run_the_trainers_and_accelerates_blocks_unchanged(tmp_path):
+    titles = ["Hugging Face Trainer", "Accelerate"]
+    printed = start([*TORCHRUN, str(HERE / "docs_worker.py"), str(tmp_path), *titles])
+    layers = sum(1 for name, _ in bert().named_modules() if name.rpartition(".")[2] in ("query", "value", "dense"))
+    assert [printed.count(f"{title}: {8 * layers} of {8 * layers}") for title in titles] == [2, 2]
+    assert (tmp_path / "out" / "checkpoint-20" / "adalora_state.json").is_file()
+    assert is_whole(tmp_path / "accelerate")
+
+
 @pytest.mark.parametrize("title", [title for title in SECTIONS if title not in SEVERAL])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
-def test_blocks_of(title, tmp_path):
-    if title == "Lightning":
-        pytest.importorskip("lightning")
-    names = given(tmp_path)
+def test_blocks_of(title, tmp_path, monkeypatch):
+    # The default backend writes C++ and waits for a compiler; the graphs are the same.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    names = given(tmp_path, title)
     for block in SECTIONS[title]:
         run(block, names, where=f"docs/training.md: {title}")
-    controller = names.get("controller")
-    if title in ("Your own loop", "Accelerate"):
-        assert controller.finished
-        assert controller.live == controller.target_budget
+        if "trainer" in names:  # of this block
+            (controller,) = adalora.controllers(peft_model(names["trainer"])).values()
+            assert controller.finished
+            assert controller.step == 20
+            assert controller.live == controller.target_budget
+    if title in (*WITH_ADAPTER, "Accelerate"):
+        assert names["controller"].finished
+        assert names["controller"].step == 20
+        assert names["controller"].live == names["controller"].target_budget
+    if title in WITH_ADAPTER:
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     if title == "Hugging Face Trainer":
         assert (tmp_path / "out" / "checkpoint-20" / "adalora_state.json").is_file()
+    if title == "TRL":
+        assert all((tmp_path / name / "checkpoint-20" / "adalora_state.json").is_file() for name in ("sft", "dpo"))
+
+
+def peft_model(trainer):
+    """Of Hugging Face's trainers or of Lightning's."""
+    return trainer.model if hasattr(trainer.model, "peft_config") else trainer.lightning_module.model
 
 
 def test_there_are_blocks():
     assert set(SEVERAL) < set(SECTIONS)
-    assert len(SECTIONS) >= 7
+    assert {*WITH_ADAPTER, "TRL", "Accelerate", "Lightning", "Hugging Face Trainer"} < set(SECTIONS)
+    assert len(SECTIONS) >= 10

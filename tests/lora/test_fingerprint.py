@@ -4,7 +4,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from adalora.lora.fingerprint import base_fingerprint
+from adalora.lora.fingerprint import base_fingerprint, base_shape, note_base
 from adalora.lora.triplets import find_triplets
 
 
@@ -30,3 +30,19 @@ def test_weights_that_cannot_be_read():
     assert base_fingerprint(one) == base_fingerprint(other) != "none"
     del one.layer.get_base_layer().weight
     assert base_fingerprint(one) == "none"
+
+
+def test_packed_weights_count_as_they_were_when_attached():
+    """bitsandbytes packs 4-bit weights anew for a CPU; weights in floating point are looked at every time."""
+    packed, plain = handle(torch.ones(3, 4)), handle(torch.ones(3, 4))
+    base = packed.layer.get_base_layer()
+    base.weight = nn.Parameter(torch.arange(6, dtype=torch.uint8)[:, None], requires_grad=False)
+    assert base_shape(packed) == [6, 1]
+    for h in (packed, plain):
+        note_base(h)
+    noted = [base_fingerprint(h) for h in (packed, plain)]
+    base.weight = nn.Parameter(torch.zeros(2, 3, dtype=torch.uint8), requires_grad=False)
+    plain.layer.get_base_layer().weight.data = torch.zeros(4, 4)
+    assert base_fingerprint(packed) == noted[0]
+    assert base_fingerprint(plain) != noted[1]
+    assert [base_shape(h) for h in (packed, plain)] == [[6, 1], [4, 4]]

@@ -6,7 +6,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from adalora.errors import DataError, RecipeError
+from adalora.errors import ConfigError, DataError, RecipeError
 from adalora.tasks.prediction import predict
 from adalora.tasks.recipe import Recipe
 from adalora.tasks.runner import run_recipe
@@ -66,6 +66,15 @@ def test_saved_adapter_answers_without_adalora(tiny_model, data_file, tmp_path, 
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(out) == pytest.approx([expected["negative"], expected["positive"]], abs=1e-5)
+
+
+def test_a_launcher_that_cuts_the_model_is_refused_before_anything_is_written(
+    tiny_model, data_file, tmp_path, console, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="--use_fsdp"):
+        run_recipe(recipe(tiny_model, data_file, tmp_path / "run"), console=console)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_overwritten_by_accident(tiny_model, data_file, tmp_path, console):

@@ -94,6 +94,9 @@ def _cut(weights: dict[str, Tensor], handles: Sequence[TripletHandle], names: di
     """
     ranks = []
     for h in handles:
+        if h.removed:  # before it was sharded: a layer of a smaller adapter that goes on here
+            ranks.append(0)
+            continue
         prefix = names[id(h.layer)]
         P_key, Q_key = (
             next(f"{prefix}.{k}" for k in keys if f"{prefix}.{k}" in weights) for keys in (h.P_keys, h.Q_keys)

@@ -10,6 +10,7 @@ from torch import nn
 from adalora.config import AdaLoraConfig
 from adalora.controller import RankController
 from adalora.errors import AttachError, CheckpointError
+from adalora.lora.engines import refuse_strategy
 from adalora.registry import attach, controllers
 from adalora.report.history import History
 
@@ -44,6 +45,7 @@ class AdaLoraLightning(Callback):
         """Attach before Lightning loads weights and makes optimizers."""
         if stage != "fit" or self.controller is not None:
             return
+        refuse_strategy(trainer.strategy)
         model = _peft_model(pl_module)
         present = controllers(model)
         name = self.adapter or next(iter(present), None)

@@ -17,7 +17,7 @@ from adalora.errors import AdaLoraWarning, CheckpointError, TrainingError
 from adalora.integrations.interrupt import Interrupt
 from adalora.integrations.loggers import LoggerBridge
 from adalora.lora.checkpoint import DESCRIPTION, latest_checkpoint, read_state, write_state
-from adalora.lora.engines import refuse_deepspeed
+from adalora.lora.engines import refuse_arguments
 from adalora.registry import attach, controllers
 from adalora.report.history import History
 from adalora.report.thresholds import DiagnosticThresholds
@@ -66,7 +66,7 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Attach to the model before the trainer makes the optimizer."""
-        refuse_deepspeed(configured=getattr(args, "deepspeed", None))
+        refuse_arguments(args)
         controller = self._attach(kwargs["model"])
         if kwargs.get("optimizer") is not None:
             controller.owns(kwargs["optimizer"])
@@ -75,7 +75,7 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the number of optimizer steps from the trainer, or go on from the checkpoint that it has loaded."""
-        refuse_deepspeed(configured=getattr(args, "deepspeed", None))
+        refuse_arguments(args)
         controller = self.controller or self._attach(kwargs["model"])
         self._bridge = LoggerBridge.beside(self, controller)
         self._args, self._trainer_state = args, state
@@ -162,6 +162,11 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
         """The trainer has loaded weights and optimizer of a checkpoint: load the rest."""
         guess = args.resume_from_checkpoint or str(_output(args) / f"checkpoint-{state.global_step}")
         folder = controller.loaded_from or guess
+        if controller.is_sharded and not Path(folder).is_dir():
+            raise CheckpointError(
+                f"{folder}: no such folder, and under FSDP the trainer does not say which one it has loaded. Say it in "
+                "its arguments too: TrainingArguments(…, resume_from_checkpoint=…)"
+            )
         content = read_state(folder)
         if content["step"] != state.global_step:
             raise CheckpointError(

@@ -1,4 +1,8 @@
-"""Which base model an adapter is trained on, told by its weights."""
+"""Which base model an adapter is trained on, told by its weights.
+
+What was noted when the layer was attached counts where the weight cannot be read later: sharded ones are no longer
+whole, and bitsandbytes packs 4-bit ones anew for a CPU at their first use, in another shape.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,31 @@ from adalora.lora.triplets import TripletHandle
 SAMPLES = 256
 
 
+def note_base(handle: TripletHandle) -> None:
+    """Remember the base weight as it is now."""
+    handle.fingerprint, handle.noted_shape = "", None
+    handle.noted_shape = base_shape(handle)
+    handle.fingerprint = base_fingerprint(handle)
+
+
+def base_shape(handle: TripletHandle) -> list[int]:
+    """Shape of the frozen weight under one layer; of a packed one that of its packed values, when it was attached."""
+    weight = getattr(handle.layer.get_base_layer(), "weight", None)
+    if handle.noted_shape is not None and isinstance(weight, Tensor) and not weight.is_floating_point():
+        return handle.noted_shape
+    return list(getattr(weight, "shape", ()))
+
+
 @torch.no_grad()
 def base_fingerprint(handle: TripletHandle) -> str:
     """A short hash of the frozen weight under one layer: its shape, type, and up to `SAMPLES` of its values.
 
-    Weights that cannot be read (offloaded, or of a type without indexing) are told by shape and type alone; sharded
-    ones by what was noted before they were.
+    Weights that cannot be read (offloaded, or of a type without indexing) are told by shape and type alone.
     """
     weight = getattr(handle.layer.get_base_layer(), "weight", None)
     if not isinstance(weight, Tensor):
         return "none"
-    if isinstance(weight, DTensor) and handle.fingerprint:
+    if handle.fingerprint and (isinstance(weight, DTensor) or not weight.is_floating_point()):
         return handle.fingerprint
     digest = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype}".encode())
     plain = type(weight.data) in (Tensor, torch.nn.Parameter)

@@ -41,4 +41,6 @@ class WeightWatch:
 def _trained_here(handle: TripletHandle) -> bool:
     """Whether this process holds a part of P·Λ that is not zero; asks no other process."""
     carrier = handle.sharded.get("lambda", handle.sharded.get("P"))
-    return isinstance(carrier, DTensor) and bool(carrier.to_local().any())
+    if not isinstance(carrier, DTensor) or carrier.is_meta:  # Accelerate empties the model before it is sharded
+        return False
+    return bool(carrier.to_local().any())

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from adalora.errors import ConfigError
-from adalora.lora.fingerprint import base_fingerprint
+from adalora.lora.fingerprint import note_base
 from adalora.lora.triplets import TripletHandle
 
 # The first is the newer name.
@@ -33,7 +33,7 @@ class Shards:
     def __init__(self, handles: Sequence[TripletHandle]) -> None:
         self._handles = handles
         for h in handles:
-            h.fingerprint = base_fingerprint(h)  # afterwards no process can read the whole base weight
+            note_base(h)  # afterwards no process can read the whole base weight
         self._whole: dict[nn.Parameter, nn.Parameter] = {}  # sharded -> whole; shells are kept, their memory is not
         self._states: dict[nn.Parameter, _WholeState] = {}
         self._open = False

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from adalora.errors import CheckpointError
 from adalora.lora.checkpoint import explain_differences
 from adalora.lora.compaction import resize
-from adalora.lora.fingerprint import base_fingerprint
+from adalora.lora.fingerprint import base_fingerprint, base_shape
 from adalora.lora.triplets import TripletHandle
 
 SHOWN = 5
@@ -30,11 +30,10 @@ def layers_state(handles: Sequence[TripletHandle]) -> tuple[dict[str, Tensor], l
 
 def _line(h: TripletHandle) -> dict[str, Any]:
     base = h.layer.get_base_layer()
-    shape = getattr(getattr(base, "weight", None), "shape", ())
     return {
         "name": h.name,
         "kind": type(base).__name__,
-        "base_shape": list(shape),
+        "base_shape": base_shape(h),
         "base": base_fingerprint(h),
         "rank": h.rank,
         "row_norm": h.row_norm,

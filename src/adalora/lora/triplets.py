@@ -40,6 +40,7 @@ class TripletHandle:
         row_norm: ρ, root mean square length of Q's rows when training started.
         whole: While a sharded adapter is worked on (`Shards.whole`): its whole parameters, by factor.
         fingerprint: Of the base weight when the layer was attached.
+        noted_shape: Of the base weight when the layer was attached.
         parked: Once the last triplet is gone: what the layer held for the adapter, by attribute, at rank 0. A
             checkpoint from before may bring it back.
     """
@@ -51,6 +52,7 @@ class TripletHandle:
     row_norm: float = 0.0
     whole: dict[str, nn.Parameter] = field(default_factory=dict)
     fingerprint: str = ""
+    noted_shape: list[int] | None = None
     parked: dict[str, Any] = field(default_factory=dict)
     _counted: tuple[Tensor | None, int, int] = field(default=(None, 0, 0), repr=False)
 

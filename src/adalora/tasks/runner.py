@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from adalora.errors import DataError, RecipeError, TrainingError
 from adalora.integrations.trainer import AdaLoraCallback
 from adalora.lora.checkpoint import latest_checkpoint
+from adalora.lora.engines import refuse_launcher
 from adalora.report.history import History
 from adalora.report.html import build_report
 from adalora.tasks.base import Task, make_task
@@ -110,11 +111,13 @@ def run_recipe(
     Raises:
         RecipeError: The folder holds a run already and `overwrite` is not set, or nothing that `resume` could go on
             from.
+        ConfigError: The launcher cuts the model into shards.
         DataError: The data cannot be read.
         TrainingError: Training has diverged, or memory is exhausted.
     """
     from accelerate import PartialState
 
+    refuse_launcher()
     console, hooks = console or Console(), hooks or RunHooks()
     datasets.disable_progress_bars()  # ours is the only bar
     started = time.monotonic()

@@ -1,0 +1,44 @@
+"""FSDP2 by Accelerate's plugin and by the Trainer's `fsdp`, on two processes over gloo."""
+
+import pytest
+import torch
+from launching import launch
+
+# Sharded files; and whole ones, with weights that only the first process holds until they are sharded.
+ACCELERATE = ["accelerate", "accelerate_efficient"]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    return launch("accelerate_worker.py", [*ACCELERATE, "trainer"], tmp_path_factory.mktemp("by_others"))
+
+
+@pytest.mark.parametrize("case", ACCELERATE)
+def test_accelerate(result, case):
+    """One hook call per step, ranks alike, the losses of one process; `load_state` goes on bit for bit (the worker)."""
+    found = result(case)
+    assert found["steps"] == list(range(1, 31))
+    losses, alone = map(torch.tensor, found["losses"])
+    torch.testing.assert_close(losses, alone, atol=1e-5, rtol=1e-5)
+    assert all(first == second == single for first, second, single in found["masks"])
+    assert len({str(masks) for masks in found["masks"]}) > 3
+    assert found["saved_ranks"] == {name: rank for name, rank in found["ranks"].items() if rank}
+    assert sum(found["saved_ranks"].values()) == found["target"] == 6
+    here, there = map(torch.tensor, found["ΔW"])
+    torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
+    assert found["latest"].endswith("at_17")
+
+
+def test_trainer(result):
+    """With accumulation; its losses are those of plain LoRA, its checkpoints plain adapters; resumed bit for bit."""
+    found = result("trainer")
+    assert found["sharded"]
+    assert found["steps"] == [[n, n] for n in range(1, 17)]
+    assert found["ranks"][0] == found["ranks"][1] == found["resumed_ranks"]
+    assert found["differing"] == []
+    assert found["live"] == found["target"] == 16
+    assert found["difference"] < 1e-5
+    assert found["of_checkpoint"] < 1e-5
+    assert found["losses"]["ours"] == pytest.approx(found["losses"]["plain"], abs=2e-4)
+    assert len(found["losses"]["ours"]) == 8
+    assert "TrainingArguments(…, resume_from_checkpoint=…)" in found["refused"]
