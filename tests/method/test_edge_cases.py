@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from toys import Blocks, adamw, batch, lora, train
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import adalora
 from adalora import plugins
@@ -502,6 +503,47 @@ def test_tied_layers_count_once(kind):
     controller = attach(model, kind)
     train(model, adamw(model), STEPS)
     assert controller.live == 4
+
+
+def tied_llama():
+    """Its output head is its embedding."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=2, tie_word_embeddings=True, **sizes))
+
+
+TIED = pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings:UserWarning", "ignore:Setting `save_em")
+
+
+@BOTH
+@TIED
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_tied_weights(kind, targets, tmp_path):
+    """One weight in two places, with an adapter at either or one at each: what is saved is the live model."""
+    model = get_peft_model(tied_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=[*targets, "q_proj"]))
+    controller = attach(model, kind)
+    optimizer = adamw(model)
+    for step in range(STEPS):
+        words = torch.randint(32, (4, 6), generator=torch.Generator().manual_seed(step))
+        model(input_ids=words, labels=words).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert controller.live == 2 * (2 + len(targets))
+    expected = model(input_ids=words).logits.detach()
+    model.save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(tied_llama(), tmp_path)
+    torch.testing.assert_close(stock(input_ids=words).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@BOTH
+@TIED
+def test_tied_factors_are_refused(kind):
+    """PEFT's `ensure_weight_tying` makes P of the embedding the head's Q: no triplet could leave one of them."""
+    config = LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    model = get_peft_model(tied_llama(), config)
+    with pytest.raises(AttachError, match=r"lm_head: shares its LoRA factors with model\.embed_tokens .*leave ensure"):
+        attach(model, kind)
+    assert adalora.controllers(model) == {}
 
 
 @BOTH
