@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 from transformers import Trainer, TrainerCallback, set_seed
 
-from adalora.errors import DataError, RecipeError, TrainingError
+from adalora.errors import DataError, OutOfMemory, RecipeError
+from adalora.faults import is_out_of_memory
 from adalora.integrations.trainer import AdaLoraCallback
 from adalora.lora.checkpoint import latest_checkpoint
 from adalora.report.history import History
@@ -112,6 +113,7 @@ def run_recipe(
             from.
         DataError: The data cannot be read.
         TrainingError: Training has diverged, or memory is exhausted.
+        StorageError: The adapter cannot be written to the output folder; the message says where it is.
     """
     from accelerate import PartialState
 
@@ -142,6 +144,8 @@ def run_recipe(
         write_text(folder / RECIPE, dump_recipe(recipe))
     before = trainable(model)
     _train(trainer, adaptive, console, checkpoint=checkpoint)
+    if first and hooks.keep_adapter:  # before the evaluation, which may fail
+        save_adapter(model, processor, folder / ADAPTER)
     scores = task.evaluate(trainer, rows, processor)
     metrics = {
         "name": recipe.name,
@@ -161,8 +165,6 @@ def run_recipe(
     }
     if first:
         history.add("metric", step=trainer.state.global_step - 1, split=split, values=scores)
-        if hooks.keep_adapter:
-            save_adapter(model, processor, folder / ADAPTER)
         write_text(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
         if adaptive is not None and hooks.keep_adapter:
             build_report(history, folder / REPORT, names=[recipe.name])
@@ -193,9 +195,11 @@ def _train(
         adaptive.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         size, parts = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
-        raise TrainingError(
+        raise OutOfMemory(
             f"out of memory: halve the batch and keep its sum, --set training.batch_size={max(1, size // 2)} "
             f"--set training.gradient_accumulation={2 * parts}; or --set training.gradient_checkpointing=true, a "
             "shorter training.max_length, a smaller LoraConfig r, or model.quantization=4bit"
