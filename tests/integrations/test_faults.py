@@ -172,7 +172,7 @@ print([name for name in loads if name.startswith("adalora")])
 
 # What can run code that lies in a file, or reads such a format: modules, and functions by their last names.
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle"}
-UNSAFE_CALLS = {"torch.load", "np.load", "numpy.load", "torch.hub.load", "load_source", "read_pickle", "unsafe_load"}
+UNSAFE_CALLS = {"torch.load", "np.load", "numpy.load", "torch.hub.load", "read_pickle", "unsafe_load"}
 UNSAFE_WORDS = {"allow_pickle": True, "trust_remote_code": True, "weights_only": False}
 
 
