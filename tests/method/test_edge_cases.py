@@ -570,6 +570,38 @@ def test_any_adapter_name_saves_and_loads(kind, name, tmp_path):
 
 
 @BOTH
+@pytest.mark.filterwarnings("ignore:Adapter .* was active", "ignore:Already found a `peft_config`:UserWarning")
+def test_two_attached_adapters_and_a_plain_one_train_at_once(kind, tmp_path):
+    """Each keeps to its own budget, the plain one to its rank; all three together are what is saved."""
+    names = ["one", "two", "plain"]
+    model = get_peft_model(Blocks(), LoraConfig(r=6, target_modules=["query", "head"]), adapter_name="one")
+    model.add_adapter("two", LoraConfig(r=4, target_modules=["query", "up"]))
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["down", "query"]))
+    model.base_model.set_adapter(names)
+    base = {k.replace("base_layer.", ""): v for k, v in model.base_model.model.state_dict().items() if "lora" not in k}
+    first = attach(model, kind, adapter="one")
+    second = attach(model, kind, adapter="two", target_rank=1)
+    train(model, adamw(model), STEPS)
+    for controller in (first, second):
+        controller.finalize()
+        assert controller.step == STEPS
+    assert (first.live, second.live) == (6, 4)
+    plain = [p for name, p in model.named_parameters() if "lora_B.plain" in name]
+    assert {p.shape[1] for p in plain} == {2}
+    assert all(bool(p.any()) for p in plain)
+    x, _ = batch(0)
+    expected = model(x).detach()
+    model.save_pretrained(tmp_path)
+    fresh = Blocks()
+    fresh.load_state_dict(base)
+    stock = PeftModel.from_pretrained(fresh, tmp_path / "one", adapter_name="one")
+    for name in names[1:]:
+        stock.load_adapter(tmp_path / name, adapter_name=name)
+    stock.base_model.set_adapter(names)
+    torch.testing.assert_close(stock(x), expected, atol=1e-5, rtol=1e-4)
+
+
+@BOTH
 def test_modules_to_save(kind, tmp_path):
     """A head trained in full beside the triplets."""
     model = lora(targets=["query", "up", "down"], modules_to_save=["head"])
