@@ -326,6 +326,22 @@ def test_autocast(kind, dtype):
 
 
 @BOTH
+def test_a_scale_for_a_trained_adapter_is_refused(kind):
+    """It keeps the one that it was trained with, and an option without effect is a mistake."""
+    model = lora()
+    attach(model, kind)
+    train(model, adamw(model), STEPS)
+    adalora.controllers(model)["default"].finalize()
+    before = {h.name: h.scale for h in adalora.controllers(model)["default"].handles if h.rank}
+    for wrong in ("target", 2.0):
+        with pytest.raises(AttachError, match=r'trained already and keeps its scale: leave scale=.* out, or use "init'):
+            attach(copy.deepcopy(model), kind, target_rank=1, scale=wrong)
+    for right in ({}, {"scale": "initial"}):
+        again = attach(copy.deepcopy(model), kind, target_rank=1, **right)
+        assert {h.name: h.scale for h in again.handles} == pytest.approx(before)
+
+
+@BOTH
 def test_an_adapter_without_values_is_refused(kind):
     model = get_peft_model(Blocks(), LoraConfig(r=4, target_modules=["query"]), low_cpu_mem_usage=True)
     with pytest.raises(AttachError, match="has no values yet"):
@@ -551,10 +567,7 @@ def test_tied_factors_are_refused(kind):
 @pytest.mark.parametrize("name", ["a", "E", "lora", "query", "lora_lambda"])
 def test_any_adapter_name_saves_and_loads(kind, name, tmp_path):
     """Beside a plain adapter that is left alone."""
-    try:
-        model = get_peft_model(Blocks(), LoraConfig(r=6, target_modules=["query", "head"]), adapter_name=name)
-    except ValueError as error:
-        pytest.skip(f"PEFT refuses the name: {error}")
+    model = get_peft_model(Blocks(), LoraConfig(r=6, target_modules=["query", "head"]), adapter_name=name)
     model.add_adapter("plain", LoraConfig(r=2, target_modules=["query", "head"]))
     model.set_adapter(name)
     controller = attach(model, kind, adapter=name)

@@ -24,9 +24,8 @@ def load_saved(run: Path) -> tuple[Any, Any]:
         AdapterFileError: The folder holds no finished run.
     """
     adapter = run / "adapter"
-    if not all(
-        (adapter / name).is_file() for name in ("labels.json", WEIGHTS_NAME)
-    ):  # PEFT would read a pickle instead
+    # Without the safetensors file PEFT would read a pickle.
+    if not all((adapter / name).is_file() for name in ("labels.json", WEIGHTS_NAME)):
         raise AdapterFileError(f"{run} holds no trained adapter; train one first: adalora demo --out {run}")
     labels = {int(k): v for k, v in json.loads((adapter / "labels.json").read_text(encoding="utf-8")).items()}
     recipe = load_recipe(run / "recipe.yaml")
