@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from adalora.errors import OutOfMemory, RecipeError, StorageError
+from adalora.errors import OutOfMemory, RecipeError, StorageError, TrainingError
 from adalora.export import read_adapter
 from adalora.tasks import runner
 from adalora.tasks.runner import run_recipe
@@ -77,7 +77,7 @@ def test_nothing_to_resume(tiny_model, data_file, tmp_path, console):
         run_recipe(recipe(tiny_model, data_file, tmp_path / "run"), resume=True, console=console)
 
 
-def exhaust():
+def exhaust(*_):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
@@ -86,6 +86,35 @@ def test_out_of_memory_says_what_to_lower(tiny_model, data_file, tmp_path, conso
     """On a device, and on the processor."""
     with_callback(monkeypatch, action)
     with pytest.raises(OutOfMemory, match=r"training.batch_size=4 --set training.gradient_accumulation=2"):
+        run_recipe(recipe(tiny_model, data_file, tmp_path / "run"), console=console)
+
+
+@pytest.mark.parametrize("action", [exhaust, lambda *_: torch.empty(2**46)])
+def test_out_of_memory_in_the_evaluation(tiny_model, data_file, tmp_path, console, monkeypatch, action):
+    """The adapter is there already."""
+    monkeypatch.setattr("adalora.tasks.base.Task.evaluate", action)
+    with pytest.raises(OutOfMemory, match=r"out of memory: in the evaluation: --set training.eval_batch_size=16"):
+        run_recipe(recipe(tiny_model, data_file, tmp_path / "run"), console=console)
+    assert sum(read_adapter(tmp_path / "run" / "adapter").ranks.values()) == 26
+
+
+def test_a_loss_that_diverges_names_the_recipes_own_fields(tiny_model, data_file, tmp_path, console, monkeypatch):
+    seen = []
+
+    def poison():
+        with torch.no_grad():
+            seen[0].get_parameter(seen[1]).fill_(torch.nan)
+
+    build = runner.build_model
+
+    def built(*args):
+        model = build(*args)
+        seen[:] = [model, next(name for name, p in model.named_parameters() if "lora_B" in name)]
+        return model
+
+    monkeypatch.setattr(runner, "build_model", built)
+    with_callback(monkeypatch, poison)
+    with pytest.raises(TrainingError, match=r"no checkpoint was written before \(training.keep_best and training.eval"):
         run_recipe(recipe(tiny_model, data_file, tmp_path / "run"), console=console)
 
 

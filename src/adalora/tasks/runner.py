@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -137,6 +138,7 @@ def run_recipe(
         adaptive = AdaLoraCallback(recipe.adalora, history=history, thresholds=recipe.diagnostics)
         adaptive.pruned = folder / PRUNED if first and recipe.training.keep_pruned else None
         adaptive.resume_hint = f"adalora train {folder / RECIPE} --resume"
+        adaptive.save_hint = "training.keep_best and training.evaluate_every"
     trainer = make_trainer(recipe, task, model=model, processor=processor, splits=splits)
     for callback in hooks.callbacks(model) if hooks.callbacks else ():
         trainer.add_callback(callback)
@@ -146,7 +148,9 @@ def run_recipe(
     _train(trainer, adaptive, console, checkpoint=checkpoint)
     if first and hooks.keep_adapter:  # before the evaluation, which may fail
         save_adapter(model, processor, folder / ADAPTER)
-    scores = task.evaluate(trainer, rows, processor)
+    size = trainer.args.per_device_eval_batch_size
+    with _memory_advice(f"in the evaluation: --set training.eval_batch_size={max(1, size // 2)}"):
+        scores = task.evaluate(trainer, rows, processor)
     metrics = {
         "name": recipe.name,
         "task": recipe.task.name,
@@ -193,16 +197,25 @@ def _train(
             trainer.add_callback(callback)
     if adaptive is not None:  # before a checkpoint is loaded
         adaptive.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    size, parts = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
+    cure = (
+        f"halve the batch and keep its sum, --set training.batch_size={max(1, size // 2)} "
+        f"--set training.gradient_accumulation={2 * parts}; or --set training.gradient_checkpointing=true, a "
+        "shorter training.max_length, a smaller LoraConfig r, or model.quantization=4bit"
+    )
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with _memory_advice(cure):
+            trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        bar.close()
+
+
+@contextmanager
+def _memory_advice(cure: str) -> Iterator[None]:
+    """What to lower where memory ends inside the block."""
+    try:
+        yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        size, parts = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
-        raise OutOfMemory(
-            f"out of memory: halve the batch and keep its sum, --set training.batch_size={max(1, size // 2)} "
-            f"--set training.gradient_accumulation={2 * parts}; or --set training.gradient_checkpointing=true, a "
-            "shorter training.max_length, a smaller LoraConfig r, or model.quantization=4bit"
-        ) from error
-    finally:
-        bar.close()
+        raise OutOfMemory(f"out of memory: {cure}") from error
