@@ -1,20 +1,15 @@
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
+from .small import vit
 from .tiny import make_recipe, run, write_rows
 
 
 @pytest.fixture
 def model(tmp_path):
-    folder = tmp_path / "vit"
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=8
-    )
-    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
+    vit(tmp_path / "vit")
+    return tmp_path / "vit"
 
 
 def test_dark_is_told_from_light(model, tmp_path):

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from transformers import (
@@ -10,6 +12,7 @@ from transformers import (
 
 from adalora.errors import RecipeError
 from adalora.tasks import base, models
+from adalora.tasks.data import load_splits
 from adalora.tasks.recipe import ModelPart
 from adalora.tasks.sequence import SequenceTask
 
@@ -80,3 +83,33 @@ def test_a_missing_metric_package_is_named_before_training(tmp_path, monkeypatch
     recipe = make_recipe(tmp_path, "x", task="question-answering", data={"files": "rows.csv"})
     with pytest.raises(RecipeError, match=r"torchmetrics: pip install 'adalora\[metrics\]'"):
         base.make_task(recipe, None)
+
+
+def test_modules_that_are_trained_whole_are_the_new_ones_and_the_recipes(tmp_path):
+    model = BertForSequenceClassification(BertConfig(**SIZES))
+    fields = {"modules_to_save": ["pooler"]}
+    recipe = make_recipe(tmp_path, "x", task="regression", data={"files": "rows.csv"}, lora=fields)
+    assert models.whole_modules(recipe, model, ["classifier"]) == ["bert.pooler", "classifier"]
+    plain = make_recipe(tmp_path, "x", task="regression", data={"files": "rows.csv"})
+    assert models.whole_modules(plain, model, ["classifier"]) == ["classifier"]
+
+
+def test_a_head_of_another_size_is_new_and_other_sizes_are_an_error(tiny_model, data_file, tmp_path):
+    """Rerankers have one output; a task with two labels makes the head anew, and keeps the encoder."""
+    folder = tmp_path / "three"
+    shutil.copytree(tiny_model, folder)
+    trained = BertForSequenceClassification.from_pretrained(tiny_model, num_labels=3)
+    trained.save_pretrained(folder)
+
+    def loaded(**fields):
+        recipe = make_recipe(tmp_path, folder, task="classification", data={"files": str(data_file)})
+        recipe = recipe.model_copy(update={"model": ModelPart(name=str(folder), config=fields)})
+        task = base.make_task(recipe, load_splits(recipe))
+        return models.load_base(recipe, task, models.build_processor(recipe, task))
+
+    model, fresh = loaded()
+    assert fresh == ["classifier"]
+    assert model.classifier.out_features == 2
+    torch.testing.assert_close(model.bert.state_dict(), trained.bert.state_dict())
+    with pytest.raises(RecipeError, match=r"model\.config: bert\..* is .* leave out"):
+        loaded(intermediate_size=32)

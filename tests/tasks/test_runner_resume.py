@@ -93,7 +93,7 @@ def test_out_of_memory_says_what_to_lower(tiny_model, data_file, tmp_path, conso
 def test_out_of_memory_in_the_evaluation(tiny_model, data_file, tmp_path, console, monkeypatch, action):
     """The adapter is there already."""
     monkeypatch.setattr("adalora.tasks.base.Task.evaluate", action)
-    with pytest.raises(OutOfMemory, match=r"out of memory: in the evaluation: --set training.eval_batch_size=16"):
+    with pytest.raises(OutOfMemory, match=r"out of memory in the evaluation: --set training.eval_batch_size=16"):
         run_recipe(recipe(tiny_model, data_file, tmp_path / "run"), console=console)
     assert sum(read_adapter(tmp_path / "run" / "adapter").ranks.values()) == 26
 

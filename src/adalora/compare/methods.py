@@ -17,7 +17,7 @@ from adalora.config import initial_rank, paper_initial_rank
 from adalora.errors import RecipeError
 from adalora.tasks.base import Task
 from adalora.tasks.data import Splits
-from adalora.tasks.models import load_base, lora_config
+from adalora.tasks.models import load_base, lora_config, whole_modules
 from adalora.tasks.recipe import Recipe
 
 
@@ -47,7 +47,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "full": Method(help="all parameters", budgeted=False),
-    "head": Method(help="the new head alone", budgeted=False),
+    "head": Method(help="the new head, and what the recipe trains whole", budgeted=False),
     "bitfit": Method(help="biases and head (Ben Zaken et al. 2022)", budgeted=False),
     "houlsby": Method(help="adapters after attention and feed-forward, layer norms (Houlsby et al. 2019)"),
     "pfeiffer": Method(help="adapters after feed-forward (Pfeiffer et al. 2021)"),
@@ -113,7 +113,7 @@ class MethodRun:
     def __init__(self, kind: str, *, rank: int) -> None:
         self.kind = kind
         self.rank = rank
-        self._fresh: list[str] = []
+        self._whole: list[str] = []
 
     def build(self, recipe: Recipe, task: Task, processor: Any, splits: Splits) -> Any:
         """Base model with what the method trains.
@@ -121,8 +121,9 @@ class MethodRun:
         Raises:
             RecipeError: The method cannot be used on this model or data; says why.
         """
-        model, self._fresh = load_base(recipe, task, processor)
-        config = lora_config(recipe, task, model, self._fresh)
+        model, fresh = load_base(recipe, task, processor)
+        self._whole = whole_modules(recipe, model, fresh)
+        config = lora_config(recipe, task, model, fresh)
         if self.kind == "peft-adalora":
             return get_peft_model(model, _peft_adalora(recipe, config, rank=self.rank))
         if self.kind == "eva":
@@ -140,7 +141,7 @@ class MethodRun:
             inject(model, "houlsby" if self.kind == "houlsby" else "pfeiffer", budget=budget)
         elif self.kind != "full":
             self._choose(model)
-        for name in self._fresh:
+        for name in self._whole:
             model.get_submodule(name).requires_grad_(True)
         return model
 
@@ -149,10 +150,10 @@ class MethodRun:
         return [PeftAllocation(model)] if self.kind == "peft-adalora" else []
 
     def parameters(self, model: nn.Module) -> int:
-        """Parameters that the method has trained and that are still in use, without the new head."""
+        """Parameters that the method has trained and that are still in use, without the head."""
         if self.kind == "peft-adalora":
             return _live_triplets(model)
-        heads = tuple(f"{name}." for name in self._fresh)
+        heads = tuple(f"{name}." for name in self._whole)
         return sum(
             parameter.numel()
             for name, parameter in model.named_parameters()
@@ -161,7 +162,7 @@ class MethodRun:
 
     def _choose(self, model: nn.Module) -> None:
         model.requires_grad_(False)
-        if self.kind == "head" and not self._fresh:
+        if self.kind == "head" and not self._whole:
             raise RecipeError("method head: this model's checkpoint brings its head; there is no new one to train")
         if self.kind == "bitfit":
             biases = [p for name, p in model.named_parameters() if name.endswith("bias")]

@@ -54,7 +54,13 @@ def load_model(model: str, adapter: Adapter, *, dtype: torch.dtype | None = None
         try:
             with quiet():
                 made: Any = cls
-                loaded = made.from_pretrained(model, config=config, dtype=dtype or "auto", trust_remote_code=False)
+                loaded = made.from_pretrained(
+                    model,
+                    config=config,
+                    dtype=dtype or "auto",
+                    trust_remote_code=False,
+                    ignore_mismatched_sizes=True,  # the adapter's head may have more outputs than the checkpoint's
+                )
         except (OSError, ValueError) as error:
             _log.debug("%s does not load %s: %s", cls.__name__, model, error)
             continue

@@ -72,6 +72,10 @@ class Task(ABC):
     def collator(self, processor: Any) -> Any:
         """Puts features of different lengths into one batch."""
 
+    def first_answer(self) -> float | None:
+        """What a new head answers before it is trained, by its bias; None leaves the bias at 0."""
+        return None
+
     def loss(self) -> Callable[..., Any] | None:
         """The loss from outputs, labels and the number of labels in a step; None where the model has its own."""
         return None

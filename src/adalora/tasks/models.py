@@ -48,7 +48,10 @@ def load_base(recipe: Recipe, task: Task, processor: Any) -> tuple[Any, list[str
     )
     if part.gguf_file:
         _forget_gguf(model)
-    fresh = fresh_modules(model, report["missing_keys"])
+    fresh = fresh_modules(model, {*report["missing_keys"], *_other_heads(model, report["mismatched_keys"])})
+    if (answer := task.first_answer()) is not None:
+        for bias in _output_biases(model, fresh):
+            torch.nn.init.constant_(bias, answer)
     if part.quantization:
         prepare: Any = prepare_model_for_kbit_training
         model = prepare(model, use_gradient_checkpointing=False)  # the Trainer switches that on
@@ -85,7 +88,7 @@ def loading_arguments(part: ModelPart) -> dict[str, Any]:
         dtype: Any = "auto" if torch.cuda.is_available() else torch.float32
     else:
         dtype = getattr(torch, part.dtype)
-    loading: dict[str, Any] = {"dtype": dtype}
+    loading: dict[str, Any] = {"dtype": dtype, "ignore_mismatched_sizes": True}  # `load_base` looks at what they are
     for key, value in (
         ("revision", part.revision),
         ("gguf_file", part.gguf_file),
@@ -131,6 +134,31 @@ def fresh_modules(model: Any, missing: Any) -> list[str]:
     return sorted(name for name in names if name in known)
 
 
+def _other_heads(model: Any, mismatched: Any) -> list[str]:
+    """Parameters of a head that the checkpoint has in another size: it answers another question, and is made anew.
+
+    Raises:
+        RecipeError: A parameter below the head has another size.
+    """
+    prefix = model.base_model_prefix
+    keys = []
+    for key, stored, wanted in mismatched:
+        if not hasattr(model, prefix) or key.split(".")[0] == prefix:
+            raise RecipeError(
+                f"model.config: {key} is {tuple(stored)} in the checkpoint and {tuple(wanted)} in the model; leave out "
+                "of model.config what changes sizes"
+            )
+        keys.append(key)
+    return keys
+
+
+def whole_modules(recipe: Recipe, model: Any, fresh: list[str]) -> list[str]:
+    """Full names of modules that are trained whole: new ones, and those of `lora.modules_to_save`."""
+    named = tuple(recipe.lora.get("modules_to_save") or ())
+    saved = [name for name, _ in model.named_modules() if named and name.endswith(named)]  # as PEFT finds them
+    return sorted({*fresh, *saved})
+
+
 def trainable(model: Any) -> int:
     """Parameters that training changes."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -139,6 +167,16 @@ def trainable(model: Any) -> int:
 def adapter_parameters(model: Any) -> int:
     """Parameters of the adapter's factors, without a head that is saved beside them."""
     return sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+
+
+def _output_biases(model: Any, fresh: list[str]) -> list[torch.nn.Parameter]:
+    """Biases of the layers in new modules whose one output is the answer."""
+    layers = (layer for name in fresh for layer in model.get_submodule(name).modules())
+    return [
+        layer.bias
+        for layer in layers
+        if isinstance(layer, torch.nn.Linear) and layer.out_features == 1 and layer.bias is not None
+    ]
 
 
 def _is_target(name: str, target: Any) -> bool:

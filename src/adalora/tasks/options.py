@@ -78,11 +78,17 @@ class MultiLabel(Options):
 
 
 class Regression(Options):
-    """A number for a text or a pair of texts."""
+    """A number for a text or a pair of texts.
+
+    Attributes:
+        start_at_mean: A new head's bias starts at the mean of the training rows' numbers. From 0 a run spends its first
+            steps on that mean alone. Heads without a bias (Llama's) start as they are.
+    """
 
     ROLES = {"text": True, "text_pair": False, "label": True}
 
     name: Literal["regression"]
+    start_at_mean: bool = True
 
 
 class Embedding(Options):

@@ -32,7 +32,11 @@ def load_saved(run: Path) -> tuple[Any, Any]:
     if recipe.task.name not in PREDICTS:
         raise AdapterFileError(f"{run} was trained for {recipe.task.name}; answers here are for {', '.join(PREDICTS)}")
     base = AutoModelForSequenceClassification.from_pretrained(
-        recipe.model.resolve(), num_labels=len(labels), id2label=labels, dtype=torch.float32
+        recipe.model.resolve(),
+        num_labels=len(labels),
+        id2label=labels,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
     )
     return PeftModel.from_pretrained(base, adapter).eval(), AutoTokenizer.from_pretrained(adapter)
 

@@ -149,7 +149,7 @@ def run_recipe(
     if first and hooks.keep_adapter:  # before the evaluation, which may fail
         save_adapter(model, processor, folder / ADAPTER)
     size = trainer.args.per_device_eval_batch_size
-    with _memory_advice(f"in the evaluation: --set training.eval_batch_size={max(1, size // 2)}"):
+    with _memory_advice(f"out of memory in the evaluation: --set training.eval_batch_size={max(1, size // 2)}"):
         scores = task.evaluate(trainer, rows, processor)
     metrics = {
         "name": recipe.name,
@@ -199,7 +199,7 @@ def _train(
         adaptive.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
     size, parts = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
     cure = (
-        f"halve the batch and keep its sum, --set training.batch_size={max(1, size // 2)} "
+        f"out of memory: halve the batch and keep its sum, --set training.batch_size={max(1, size // 2)} "
         f"--set training.gradient_accumulation={2 * parts}; or --set training.gradient_checkpointing=true, a "
         "shorter training.max_length, a smaller LoraConfig r, or model.quantization=4bit"
     )
@@ -218,4 +218,4 @@ def _memory_advice(cure: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(f"out of memory: {cure}") from error
+        raise OutOfMemory(cure) from error

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
 
+from adalora.errors import DataError
 from adalora.tasks.base import Task, find_labels, label_head, label_number, map_rows
-from adalora.tasks.data import Splits
+from adalora.tasks.data import STREAM_SAMPLE, Splits
 from adalora.tasks.options import MultiLabel, Regression
 from adalora.tasks.recipe import Recipe
 
@@ -48,6 +51,11 @@ class SequenceTask(Task):
         multi = isinstance(self.options, MultiLabel)
         kind = "multi_label_classification" if multi else "single_label_classification"
         return label_head(self.labels, problem_type=kind, **pad)
+
+    def first_answer(self) -> float | None:
+        """The mean of the training rows' numbers."""
+        wanted = isinstance(self.options, Regression) and self.options.start_at_mean
+        return mean_label(self.splits.train) if wanted else None
 
     def features(self, table: Any, processor: Any) -> Any:
         """Rows as token ids and labels; padding is left to the collator."""
@@ -88,7 +96,7 @@ class SequenceTask(Task):
 
     def _target(self, value: Any) -> Any:
         if isinstance(self.options, Regression):
-            return float(value)
+            return number(value)
         if not isinstance(self.options, MultiLabel):
             return label_number(value, self.labels)
         row = [0.0] * len(self.labels)
@@ -103,6 +111,27 @@ def with_pad_token(tokenizer: Any) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def number(value: Any) -> float:
+    """A regression label.
+
+    Raises:
+        DataError: It is not a finite number.
+    """
+    try:
+        made = float(value)
+    except (TypeError, ValueError):
+        made = math.nan
+    if not math.isfinite(made):
+        raise DataError(f"label {value!r}: regression needs a finite number in every row; drop or mend such rows")
+    return made
+
+
+def mean_label(train: Any) -> float:
+    """Mean of the training rows' numbers; of a stream, that of its first rows."""
+    labels = train["label"] if hasattr(train, "__len__") else (row["label"] for row in train.take(STREAM_SAMPLE))
+    return fmean(number(value) for value in labels)
 
 
 def class_metrics(prediction: EvalPrediction) -> dict[str, float]:
