@@ -263,7 +263,7 @@ def test_amounts_as_text(name, text, number):
 
 
 def test_defaults_follow_the_parametrization():
-    assert (AdaLoraConfig().initialization, AdaLoraConfig().scale) == ("keep", "matched")
+    assert (AdaLoraConfig().initialization, AdaLoraConfig().scale) == ("keep", "initial")
     assert AdaLoraConfig().handover
     svd = AdaLoraConfig(parametrization="svd")
     assert (svd.initialization, svd.handover, svd.scale) == ("orthonormal", False, "target")
