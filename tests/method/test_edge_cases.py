@@ -362,12 +362,13 @@ def test_low_cpu_mem_usage_with_values(kind, tmp_path):
 def test_a_copy_of_an_untrained_attached_model_has_the_same_scale(kind):
     """The scale rule is applied once, and anew for another target."""
     model = lora()
-    scale = attach(model, kind).handles[0].scale
+    rule = {"scale": "matched"} if kind == "lora" else {}
+    scale = attach(model, kind, **rule).handles[0].scale
     assert scale == (3.0 if kind == "lora" else 6.0)  # α/r = 6, and √(r₀/r) is 2 as a whole number
     twin = copy.deepcopy(model)
-    assert attach(twin, kind).handles[0].scale == scale
+    assert attach(twin, kind, **rule).handles[0].scale == scale
     other = copy.deepcopy(model)
-    assert attach(other, kind, target_rank=3).handles[0].scale == pytest.approx(4.0)
+    assert attach(other, kind, target_rank=3, **rule).handles[0].scale == pytest.approx(4.0)
     assert other.peft_config["default"].lora_alpha == pytest.approx(24)
 
 
