@@ -110,6 +110,7 @@ REFUSED = [
     ),
     ({"nested": True, "reorthonormalize": True}, "nested=True contradicts reorthonormalize=True: the order is that of"),
     ({"nested": True, "compact": False}, "nested=True needs compact=True: the order is that of the triplets that stay"),
+    ({"nested": True, "final": 0}, "nested has no effect with final=0 (it acts in the final phase): leave it out"),
     ({"compact_at": (0.5,), "compact": False}, "compact_at has no effect with compact=False: leave one of them out"),
     ({"compact_at": ()}, "compact_at=(): is a list of fractions of the decrease, above 0 and at most 1, e.g. (0.5, 0."),
     (

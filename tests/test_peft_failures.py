@@ -79,9 +79,13 @@ class Peft:
         return sum(p.numel() for n, p in self.model.named_parameters() if "lora_" in n and "ranknum" not in n)
 
 
-BOTH = pytest.mark.parametrize(
-    "kind", [Ours, pytest.param(Peft, marks=pytest.mark.xfail(strict=True, reason="PEFT 0.21.2"))]
-)
+def both(error):
+    """Ours passes; PEFT's fails in this way and no other."""
+    expected = pytest.mark.xfail(strict=True, raises=error, reason="PEFT 0.21.2")
+    return pytest.mark.parametrize("kind", [Ours, pytest.param(Peft, marks=expected)])
+
+
+BOTH = both(AssertionError)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::RuntimeWarning")
 
 
@@ -120,7 +124,7 @@ def test_01_an_ordinary_loop_prunes_without_a_call_of_its_own(kind):
     assert run.live() <= 4
 
 
-@BOTH
+@both(ValueError)
 def test_02_the_number_of_steps_may_come_from_the_trainer(kind):
     """PEFT: `total_step` is asked for when the config is made."""
     if kind is Ours:
@@ -136,16 +140,11 @@ def test_03_a_step_that_is_jumped_over_does_not_matter(kind):
     run = kind()
     optimizer = adamw(run.model)
     train(run, steps=10, optimizer=optimizer)
-    if kind is Ours:
-        run.controller.step = 25
-    train(run, steps=5, start=25, optimizer=optimizer)
-    if kind is Ours:
-        run.controller.finished = False
-        run.controller._allocate(run.controller.target_budget)
+    train(run, steps=STEPS - 10, start=25, optimizer=optimizer)  # the loop's own numbers: here steps are counted
     assert run.live() <= 4
 
 
-@BOTH
+@both(RuntimeError)
 def test_04_initial_rank_may_equal_the_target(kind):
     """PEFT: `kthvalue` of nothing."""
     train(kind(r=4, target=4))
@@ -215,14 +214,14 @@ def trainer_of(kind, folder, **settings):
     )
 
 
-@BOTH
+@both(RuntimeError)
 def test_06_the_trainer_resumes_after_the_first_mask(kind, tmp_path):
     """PEFT: size mismatch."""
     trainer_of(kind, tmp_path).train()
     trainer_of(kind, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
 
 
-@BOTH
+@both(RuntimeError)
 def test_07_the_best_model_is_loaded_at_the_end(kind, tmp_path):
     """PEFT: size mismatch."""
     trainer = trainer_of(
@@ -253,7 +252,7 @@ def test_08_averages_survive_a_resume(kind, tmp_path):
         assert again.base_model.rankallocator.exp_avg_ipt
 
 
-@BOTH
+@both(RuntimeError)
 def test_09_a_loaded_adapter_trains_on(kind, tmp_path):
     """PEFT: the rank pattern is applied twice, or the allocator meets shapes that it does not know."""
     run = kind()
@@ -282,11 +281,13 @@ def test_10_evaluation_reports_the_tasks_loss(kind, tmp_path):
 class WithLoss(Net):
     """Returns an object with a loss, which is where PEFT adds its regulariser."""
 
+    computed = "object"
+
     def forward(self, x):
         y = super().forward(x)
 
         class Output:
-            loss = (y * 0).sum()
+            loss = None if self.computed == "no loss" else (y * 0).sum()
             logits = y
 
         return y if self.returns == "plain" else Output()
@@ -303,10 +304,11 @@ def regulariser_move(kind, *, micro, output_type="object"):
     before = {n: p.detach().clone() for n, p in run.model.named_parameters() if ".lora_A." in n}
     optimizer = torch.optim.SGD([p for p in run.model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(micro):
+        base.computed = output_type
         result = run.model.base_model(torch.randn(4, 8))  # as PEFT's classes for tasks do
         if output_type == "object":
             (result.loss / micro).backward()
-        else:  # a custom loss
+        else:  # a loss of the user's own
             (result.logits * 0).sum().div(micro).backward()
     optimizer.step()
     after = dict(run.model.named_parameters())
@@ -314,11 +316,15 @@ def regulariser_move(kind, *, micro, output_type="object"):
 
 
 @BOTH
-def test_11_the_regulariser_does_not_hang_on_a_custom_loss(kind):
-    """PEFT: it is added to `outputs.loss`; whoever computes a loss of their own has none, silently."""
+@pytest.mark.parametrize("computed", ["custom", "no loss"])
+def test_11_the_regulariser_does_not_hang_on_a_custom_loss(kind, computed):
+    """PEFT: it is added to `outputs.loss`; whoever computes a loss of their own has none, silently.
+
+    "no loss" is the Trainer's label smoothing, which keeps the labels from the model.
+    """
     wanted = regulariser_move(kind, micro=1)
     assert wanted > 0
-    assert regulariser_move(kind, micro=1, output_type="custom") == pytest.approx(wanted, rel=1e-4)
+    assert regulariser_move(kind, micro=1, output_type=computed) == pytest.approx(wanted, rel=1e-4)
 
 
 @BOTH
@@ -365,13 +371,13 @@ def test_13_the_regulariser_does_not_scale_with_accumulation(kind):
     assert move(4) == pytest.approx(move(1), rel=1e-3)
 
 
-@BOTH
+@both(TypeError)
 def test_14_a_module_without_gradient_is_no_error(kind):
     """PEFT: `p.grad` is None. An unused module, or an expert without tokens."""
     train(kind(targets=("first", "second", "spare")))
 
 
-@BOTH
+@both(TypeError)
 def test_15_a_frozen_factor_is_no_error(kind):
     """PEFT: the same."""
     run = kind()
@@ -450,7 +456,7 @@ def test_19_the_saved_adapter_is_a_lora_that_servers_load(kind, tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
-@BOTH
+@both(ValueError)
 def test_20_two_trainable_adapters(kind):
     """PEFT: one trainable adapter."""
     run = kind(name="a1")
@@ -464,10 +470,10 @@ def test_20_two_trainable_adapters(kind):
     train(run)
 
 
-@BOTH
-@pytest.mark.parametrize("name", ["lora", "a", "E"])
+@both(KeyError)
+@pytest.mark.parametrize("name", ["lora", "a", "E", "first"])
 def test_21_adapter_names_that_are_parts_of_other_words(kind, name, tmp_path):
-    """PEFT: keys are found by sub-strings, and saving breaks."""
+    """PEFT: keys are found by sub-strings, and saving breaks. "first" is a module here, as `query` is in BERT."""
     run = kind(name=name)
     train(run)
     run.model.save_pretrained(tmp_path)

@@ -25,7 +25,15 @@ class CompactionError(AdaLoraError, RuntimeError):
 
 
 class TrainingError(AdaLoraError, RuntimeError):
-    """A run cannot go on: it has diverged, or memory is exhausted."""
+    """A run cannot go on: it has diverged, or memory is exhausted (`OutOfMemory`)."""
+
+
+class OutOfMemory(TrainingError):
+    """A run needs more memory than there is; the message says what to lower."""
+
+
+class StorageError(AdaLoraError, RuntimeError):
+    """A result cannot be written: the disk is full or read-only. The message says where it is instead."""
 
 
 class AdapterFileError(AdaLoraError, ValueError):

@@ -126,8 +126,8 @@ class Recorder:
         """P·Q were rewritten in their singular vectors."""
         self.history.add("handover", step=step, ranks=self.ranks, update_ratio=update_ratio(self.handles))
 
-    def compaction(self, step: int, *, before: tuple[int, int], after: tuple[int, int]) -> None:
-        """Pruned triplets were removed; sizes are (parameters, bytes)."""
+    def compaction(self, step: int, *, before: tuple[int, int, int], after: tuple[int, int, int]) -> None:
+        """Pruned triplets were removed; sizes are (parameters, bytes, bytes of the optimizer's state)."""
         self.history.add(
             "compaction",
             step=step,
@@ -136,6 +136,8 @@ class Recorder:
             parameters_after=after[0],
             bytes_before=before[1],
             bytes_after=after[1],
+            optimizer_bytes_before=before[2],
+            optimizer_bytes_after=after[2],
         )
 
     def pruned(self, step: int, **file: Any) -> None:

@@ -3,6 +3,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from adalora.errors import AdapterFileError
+from adalora.tasks.prediction import load_saved
 
 
 def adalora(*arguments):
@@ -18,6 +22,16 @@ def test_predict_without_a_run_says_how_to_train(tmp_path):
     result = adalora("demo", "--out", str(tmp_path), "--predict", "hello")
     assert result.returncode == 2
     assert "adalora demo" in result.stderr
+
+
+def test_predict_reads_no_pickle(tmp_path, monkeypatch):
+    """PEFT would, where the safetensors file is missing."""
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/labels.json").write_text("{}")
+    torch.save({}, tmp_path / "adapter/adapter_model.bin")
+    with pytest.raises(AdapterFileError, match="holds no trained adapter"):
+        load_saved(tmp_path)
 
 
 def test_a_finished_demo_is_shown_not_trained(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from adalora.compare import running
 from adalora.compare.cells import RESULTS, Results, cells_of_rate, dev_cells, groups, pick_rate
 from adalora.compare.running import planned, run_suite
-from adalora.errors import DataError
+from adalora.errors import DataError, OutOfMemory, TrainingError
 
 
 def all_dev(suite):
@@ -122,6 +122,14 @@ def test_what_a_method_cannot_do_is_recorded_and_not_tried_again(make_suite, rec
     assert statuses["houlsby"]["status"] == "refused"
     assert "the budget is" in statuses["houlsby"]["error"]
     assert all(done for _, done, _ in planned(suite, results))
+
+
+@pytest.mark.parametrize(("error", "status"), [(OutOfMemory("lower"), "failed"), (TrainingError("NaN"), "diverged")])
+def test_exhausted_memory_is_not_the_methods_fault(make_suite, monkeypatch, error, status):
+    """A run that had no room is made again at the next start; one that diverged is a result."""
+    monkeypatch.setattr(running, "_train", lambda cell: (_ for _ in ()).throw(error))
+    row = running.run_cell(all_dev(make_suite(learning_rates=[0.1, 0.01]))[0])
+    assert (row["status"], row["error"]) == (status, str(error))
 
 
 def test_unknown_metric_is_named(make_suite, recipe_file):

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -116,3 +118,37 @@ def test_floors_and_caps_of_single_modules(model, data):
     kept = counts(keep, module, len(ranks))
     assert all(min(r, int(f)) <= k <= min(r, int(c)) for r, f, c, k in zip(ranks, floors, caps, kept))
     assert int(keep.sum()) == min(budget, sum(min(r, int(c)) for r, c in zip(ranks, caps)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=3).filter(any), st.data())
+def test_it_is_the_best_of_all_subsets(ranks, data):
+    """The highest total score of as many triplets as the budget and the caps leave, floors and caps by module."""
+    module, n = torch.repeat_interleave(torch.tensor(ranks)), sum(ranks)
+    scores = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=n, max_size=n)))
+    floors = [data.draw(st.integers(0, rank)) for rank in ranks]
+    caps = [data.draw(st.integers(floor, 3)) for floor in floors]
+    budget = data.draw(st.integers(sum(floors), n))
+    keep = allocate(
+        scores, module, budget=budget, min_rank=torch.tensor(floors)[module], max_rank=torch.tensor(caps)[module]
+    )
+    size, best = min(budget, sum(map(min, ranks, caps))), -1.0
+    for chosen in itertools.combinations(range(n), size):
+        inside = counts(torch.tensor(chosen, dtype=torch.int64), module, len(ranks))
+        if all(floor <= k <= cap for floor, k, cap in zip(floors, inside, caps)):
+            best = max(best, float(scores[list(chosen)].sum()))
+    assert int(keep.sum()) == size
+    assert float(scores[keep].sum()) == pytest.approx(best)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.permutations(range(10)), st.integers(4, 10), st.integers(0, 10**6))
+def test_reordering_modules_reorders_the_mask(order, budget, seed):
+    """Who is kept hangs on scores, floors and caps, not on where a module stands, or a triplet in it."""
+    generator = torch.Generator().manual_seed(seed)
+    scores, index = torch.rand(10, generator=generator), torch.tensor(order)
+    module = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3])
+    floors, caps = torch.tensor([1, 0, 2, 1])[module], torch.tensor([2, 2, 4, 1])[module]
+    keep = allocate(scores, module, budget=budget, min_rank=floors, max_rank=caps)
+    moved = allocate(scores[index], module[index], budget=budget, min_rank=floors[index], max_rank=caps[index])
+    assert moved.tolist() == keep[index].tolist()

@@ -53,6 +53,41 @@ def test_it_is_the_optimum_of_all_subsets(model, data):
 
 @settings(max_examples=100, deadline=None)
 @given(models(), st.data())
+def test_floors_and_caps_of_single_modules(model, data):
+    """The optimum of all subsets, each module with its own."""
+    ranks, scores, module, costs = model
+    floors = [data.draw(st.integers(0, rank)) for rank in ranks]
+    caps = [data.draw(st.integers(floor, 4)) for floor in floors]
+    prices = [int(costs[module == m][0]) if rank else 0 for m, rank in enumerate(ranks)]
+    budget = data.draw(st.integers(sum(f * p for f, p in zip(floors, prices)), int(costs.sum())))
+    bounds = {"min_rank": torch.tensor(floors)[module], "max_rank": torch.tensor(caps)[module]}
+    keep = allocate_costs(scores, module, costs=costs, budget=budget, **bounds)
+    best = -1.0
+    for chosen in itertools.product([False, True], repeat=len(scores)):
+        subset = torch.tensor(chosen)
+        counts = torch.bincount(module[subset], minlength=len(ranks)).tolist()
+        if int(costs[subset].sum()) <= budget and all(f <= k <= c for f, k, c in zip(floors, counts, caps)):
+            best = max(best, float(scores[subset].sum()))
+    counts = torch.bincount(module[keep], minlength=len(ranks)).tolist()
+    assert all(f <= k <= c for f, k, c in zip(floors, counts, caps))
+    assert int(costs[keep].sum()) <= budget
+    assert float(scores[keep].sum()) == pytest.approx(best)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.permutations(range(10)), st.integers(20, 60), st.integers(0, 10**6))
+def test_reordering_modules_reorders_the_mask(order, budget, seed):
+    """Who is bought hangs on scores and prices, not on where a module stands, or a triplet in it."""
+    scores = torch.rand(10, generator=torch.Generator().manual_seed(seed))
+    module, index = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3]), torch.tensor(order)
+    costs = torch.tensor([5, 3, 8, 2])[module]
+    keep = allocate_costs(scores, module, costs=costs, budget=budget)
+    moved = allocate_costs(scores[index], module[index], costs=costs[index], budget=budget)
+    assert moved.tolist() == keep[index].tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(models(), st.data())
 def test_equal_costs_give_the_choice_by_rank(model, data):
     _, scores, module, costs = model
     count = data.draw(st.integers(0, len(scores)))

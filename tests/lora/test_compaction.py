@@ -305,6 +305,10 @@ def test_a_whole_run_shrinks_under_every_optimizer(name):
     (record,) = controller.history.of("compaction")
     assert record["parameters_after"] < record["parameters_before"]
     assert record["bytes_after"] == 4 * record["parameters_after"]
+    state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    assert record["optimizer_bytes_after"] == sum(v.numel() * v.element_size() for v in state)
+    if name != "sgd":
+        assert record["optimizer_bytes_after"] < record["optimizer_bytes_before"]
     assert record["parameters_after"] == sum(p.numel() for n, p in model.named_parameters() if "lora" in n)
 
 

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from toys import Blocks, adamw, batch, lora, train
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import adalora
 from adalora import plugins
@@ -325,6 +326,22 @@ def test_autocast(kind, dtype):
 
 
 @BOTH
+def test_a_scale_for_a_trained_adapter_is_refused(kind):
+    """It keeps the one that it was trained with, and an option without effect is a mistake."""
+    model = lora()
+    attach(model, kind)
+    train(model, adamw(model), STEPS)
+    adalora.controllers(model)["default"].finalize()
+    before = {h.name: h.scale for h in adalora.controllers(model)["default"].handles if h.rank}
+    for wrong in ("target", 2.0):
+        with pytest.raises(AttachError, match=r'trained already and keeps its scale: leave scale=.* out, or use "init'):
+            attach(copy.deepcopy(model), kind, target_rank=1, scale=wrong)
+    for right in ({}, {"scale": "initial"}):
+        again = attach(copy.deepcopy(model), kind, target_rank=1, **right)
+        assert {h.name: h.scale for h in again.handles} == pytest.approx(before)
+
+
+@BOTH
 def test_an_adapter_without_values_is_refused(kind):
     model = get_peft_model(Blocks(), LoraConfig(r=4, target_modules=["query"]), low_cpu_mem_usage=True)
     with pytest.raises(AttachError, match="has no values yet"):
@@ -345,13 +362,13 @@ def test_low_cpu_mem_usage_with_values(kind, tmp_path):
 def test_a_copy_of_an_untrained_attached_model_has_the_same_scale(kind):
     """The scale rule is applied once, and anew for another target."""
     model = lora()
-    options = {"scale": "matched"} if kind == "lora" else {}
-    scale = attach(model, kind, **options).handles[0].scale
+    rule = {"scale": "matched"} if kind == "lora" else {}
+    scale = attach(model, kind, **rule).handles[0].scale
     assert scale == (3.0 if kind == "lora" else 6.0)  # α/r = 6, and √(r₀/r) is 2 as a whole number
     twin = copy.deepcopy(model)
-    assert attach(twin, kind, **options).handles[0].scale == scale
+    assert attach(twin, kind, **rule).handles[0].scale == scale
     other = copy.deepcopy(model)
-    assert attach(other, kind, target_rank=3, **options).handles[0].scale == pytest.approx(4.0)
+    assert attach(other, kind, target_rank=3, **rule).handles[0].scale == pytest.approx(4.0)
     assert other.peft_config["default"].lora_alpha == pytest.approx(24)
 
 
@@ -505,15 +522,53 @@ def test_tied_layers_count_once(kind):
     assert controller.live == 4
 
 
+def tied_llama():
+    """Its output head is its embedding."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=2, tie_word_embeddings=True, **sizes))
+
+
+TIED = pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings:UserWarning", "ignore:Setting `save_em")
+
+
+@BOTH
+@TIED
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_tied_weights(kind, targets, tmp_path):
+    """One weight in two places, with an adapter at either or one at each: what is saved is the live model."""
+    model = get_peft_model(tied_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=[*targets, "q_proj"]))
+    controller = attach(model, kind)
+    optimizer = adamw(model)
+    for step in range(STEPS):
+        words = torch.randint(32, (4, 6), generator=torch.Generator().manual_seed(step))
+        model(input_ids=words, labels=words).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert controller.live == 2 * (2 + len(targets))
+    expected = model(input_ids=words).logits.detach()
+    model.save_pretrained(tmp_path)
+    stock = PeftModel.from_pretrained(tied_llama(), tmp_path)
+    torch.testing.assert_close(stock(input_ids=words).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@BOTH
+@TIED
+def test_tied_factors_are_refused(kind):
+    """PEFT's `ensure_weight_tying` makes P of the embedding the head's Q: no triplet could leave one of them."""
+    config = LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    model = get_peft_model(tied_llama(), config)
+    with pytest.raises(AttachError, match=r"lm_head: shares its LoRA factors with model\.embed_tokens .*leave ensure"):
+        attach(model, kind)
+    assert adalora.controllers(model) == {}
+
+
 @BOTH
 @pytest.mark.filterwarnings("ignore:Adapter name:UserWarning")
 @pytest.mark.parametrize("name", ["a", "E", "lora", "query", "lora_lambda"])
 def test_any_adapter_name_saves_and_loads(kind, name, tmp_path):
     """Beside a plain adapter that is left alone."""
-    try:
-        model = get_peft_model(Blocks(), LoraConfig(r=6, target_modules=["query", "head"]), adapter_name=name)
-    except ValueError as error:
-        pytest.skip(f"PEFT refuses the name: {error}")
+    model = get_peft_model(Blocks(), LoraConfig(r=6, target_modules=["query", "head"]), adapter_name=name)
     model.add_adapter("plain", LoraConfig(r=2, target_modules=["query", "head"]))
     model.set_adapter(name)
     controller = attach(model, kind, adapter=name)
@@ -526,6 +581,38 @@ def test_any_adapter_name_saves_and_loads(kind, name, tmp_path):
     state = model.base_model.model.state_dict()
     base.load_state_dict({k.replace("base_layer.", ""): v for k, v in state.items() if "lora" not in k})
     torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path / name)(x), expected, atol=1e-5, rtol=1e-4)
+
+
+@BOTH
+@pytest.mark.filterwarnings("ignore:Adapter .* was active", "ignore:Already found a `peft_config`:UserWarning")
+def test_two_attached_adapters_and_a_plain_one_train_at_once(kind, tmp_path):
+    """Each keeps to its own budget, the plain one to its rank; all three together are what is saved."""
+    names = ["one", "two", "plain"]
+    model = get_peft_model(Blocks(), LoraConfig(r=6, target_modules=["query", "head"]), adapter_name="one")
+    model.add_adapter("two", LoraConfig(r=4, target_modules=["query", "up"]))
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["down", "query"]))
+    model.base_model.set_adapter(names)
+    base = {k.replace("base_layer.", ""): v for k, v in model.base_model.model.state_dict().items() if "lora" not in k}
+    first = attach(model, kind, adapter="one")
+    second = attach(model, kind, adapter="two", target_rank=1)
+    train(model, adamw(model), STEPS)
+    for controller in (first, second):
+        controller.finalize()
+        assert controller.step == STEPS
+    assert (first.live, second.live) == (6, 4)
+    plain = [p for name, p in model.named_parameters() if "lora_B.plain" in name]
+    assert {p.shape[1] for p in plain} == {2}
+    assert all(bool(p.any()) for p in plain)
+    x, _ = batch(0)
+    expected = model(x).detach()
+    model.save_pretrained(tmp_path)
+    fresh = Blocks()
+    fresh.load_state_dict(base)
+    stock = PeftModel.from_pretrained(fresh, tmp_path / "one", adapter_name="one")
+    for name in names[1:]:
+        stock.load_adapter(tmp_path / name, adapter_name=name)
+    stock.base_model.set_adapter(names)
+    torch.testing.assert_close(stock(x), expected, atol=1e-5, rtol=1e-4)
 
 
 @BOTH

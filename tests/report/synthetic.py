@@ -211,6 +211,7 @@ class Run:
         self.add(
             "compaction", step=step, ranks=self.ranks(), parameters_before=before, parameters_after=after,
             bytes_before=4 * before, bytes_after=4 * after,
+            optimizer_bytes_before=8 * before, optimizer_bytes_after=8 * after,
         )  # fmt: skip
 
     def end(self):

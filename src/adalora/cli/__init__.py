@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 
 from adalora.errors import AdaLoraError
+from adalora.faults import storage_fault
 from adalora.version import __version__
 
 app = typer.Typer(
@@ -32,12 +34,22 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: an AdaLoraError becomes one line on stderr and exit code 2."""
+    """Entry point: an AdaLoraError, or a full disk, becomes one line on stderr and exit code 2."""
     from adalora.cli import commands
 
     commands.register(app)
     try:
         app()
     except AdaLoraError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
+        _end(str(error))
+    except Exception as error:
+        fault = storage_fault(error)
+        if fault is None:
+            raise
+        file = getattr(error, "filename", None)
+        _end(f"{file}: {fault}" if file else fault)
+
+
+def _end(message: str) -> NoReturn:
+    typer.secho(f"error: {message}", fg="red", err=True)
+    sys.exit(2)

@@ -29,7 +29,7 @@ from adalora.compare.cells import (
     sign,
 )
 from adalora.compare.suite import Suite
-from adalora.errors import AdaLoraError, DataError, TrainingError
+from adalora.errors import AdaLoraError, DataError, OutOfMemory, TrainingError
 
 PACKAGES = ("adalora", "torch", "peft", "transformers", "datasets", "scipy")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -50,6 +50,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     }
     try:
         row |= _train(cell)
+    except OutOfMemory as error:  # of the machine, not of the method: tried again at the next start
+        row |= {"status": "failed", "error": str(error)}
     except TrainingError as error:
         row |= {"status": "diverged", "error": str(error)}
     except AdaLoraError as error:

@@ -134,6 +134,8 @@ def _without_effect(config: AdaLoraConfig) -> list[tuple[str, str]]:
         found.append(("score_gradient", f"orthogonality_weight={config.orthogonality_weight:g}"))
     if config.handover and config.warmup == 0:
         found.append(("handover", "warmup=0 (it is at the end of it)"))
+    if config.nested and config.final == 0:
+        found.append(("nested", "final=0 (it acts in the final phase)"))
     if not config.draws:
         found.append(("seed", "these settings (nothing is drawn at random)"))
     if config.orthogonality in ("decoupled", "off"):

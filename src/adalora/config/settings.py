@@ -92,7 +92,7 @@ class AdaLoraConfig(BaseModel):
             step is as long, ‖ΔW‖, as in such a LoRA: α/r divided by √(r₀/r), rounded to a whole number so that
             `lora_alpha` stays one; with `"svd"` whatever makes Adam's first step as long as LoRA's. `"target"`: α/r,
             each triplet moves like one of a LoRA of that rank (default with `"svd"`). `"released"`: α/(r₀ + 1e-5). Or
-            a number. An adapter that is trained keeps its scale.
+            a number. An adapter that is trained keeps its scale, and takes no other.
         orthogonality: `"decoupled"`: R(P, Q) of Eq. 4 acts once per optimizer step, apart from the loss, like
             decoupled weight decay; `"squared"`: γ·R is part of the objective, as in Eq. 4; `"released"`: γ times the
             mean of the unsquared norms, as in the released code; `"off"`.

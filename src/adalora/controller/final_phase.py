@@ -8,9 +8,11 @@ import torch
 
 from adalora.controller.resuming import Resumable
 from adalora.errors import AdaLoraWarning, CompactionError
-from adalora.lora.budget import Budget, adapter_size
-from adalora.lora.compaction import compact
+from adalora.faults import storage_fault
+from adalora.lora.budget import Budget
+from adalora.lora.compaction import adapter_size, compact
 from adalora.lora.nested import NestedTruncation
+from adalora.lora.pruned import PrunedTriplets
 from adalora.lora.svd import fold_lambda
 
 
@@ -48,7 +50,7 @@ class FinalPhase(Resumable):
         replicas = self._replicas
         if self.is_sharded or (during_training and replicas.several):
             return  # masked: parameters of a wrapped model keep their size until the training is over
-        before, averages = adapter_size(self.handles), self._scorer.cut()
+        before, averages = adapter_size(self.handles, self.optimizer), self._scorer.cut()
         try:
             compact(self.handles, self.optimizer)
         except CompactionError as error:  # nothing was changed; a run must not die of it
@@ -60,7 +62,7 @@ class FinalPhase(Resumable):
         replicas.retire_wrappers()
         self._scorer.load_state_dict(averages)
         self._write_patterns()
-        self._record.compaction(self.step, before=before, after=adapter_size(self.handles))
+        self._record.compaction(self.step, before=before, after=adapter_size(self.handles, self.optimizer))
 
     def _go_on(self) -> None:
         if self._nested is not None:  # of the ranks that the run had before the checkpoint was loaded
@@ -117,6 +119,14 @@ class FinalPhase(Resumable):
             if not (h.removed or self.is_sharded):  # FSDP2 would put the λ back; what is saved is folded anyway
                 fold_lambda(h)
         if self._pruned is not None:
-            self._record.pruned(self.step, **self._pruned.write())
+            self._write_pruned(self._pruned)
         self.finished = True
         self._record.finish(self.step, allocations=self.allocations)
+
+    def _write_pruned(self, pruned: PrunedTriplets) -> None:
+        """A disk that is full costs what was pruned, not what was trained."""
+        try:
+            self._record.pruned(self.step, **pruned.write())
+        except OSError as error:
+            fault = storage_fault(error) or error.strerror
+            warnings.warn(f"{pruned.path}: {fault}. What was pruned is not kept", AdaLoraWarning, stacklevel=4)

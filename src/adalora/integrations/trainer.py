@@ -56,6 +56,7 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
         self.adapter = adapter
         self.history = history if isinstance(history, History) else History(history)
         self.resume_hint = resume_hint
+        self.save_hint = "save_steps"  # what writes checkpoints
         self._interrupt = Interrupt()
         self._args: TrainingArguments | None = None
         self._trainer_state: TrainerState | None = None
@@ -183,7 +184,9 @@ class AdaLoraCallback(TrainerCallback, ExportableState):
 
     def _diverged(self, args: TrainingArguments, state: TrainerState) -> str:
         last = latest_checkpoint(_output(args))
-        go_on = f"the last good checkpoint is {last}" if last else "no checkpoint was written before (save_steps)"
+        go_on = (
+            f"the last good checkpoint is {last}" if last else f"no checkpoint was written before ({self.save_hint})"
+        )
         return (
             f"the adapter's weights are NaN or infinite after step {state.global_step}: the loss has diverged; "
             f"{go_on}. Lower learning_rate (now {args.learning_rate:g}) or max_grad_norm (now {args.max_grad_norm:g}), "

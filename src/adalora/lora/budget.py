@@ -293,9 +293,3 @@ def group_name(module: str, scope: str) -> str:
     if scope == "module_type":
         return next((part for part in reversed(module.split(".")) if not part.isdigit()), "")
     return ""
-
-
-def adapter_size(handles: list[TripletHandle]) -> tuple[int, int]:
-    """Parameters and bytes that the adapter's factors take in memory."""
-    tensors = [p for h in handles if not h.removed for p, _ in h.factors.values()]
-    return sum(p.numel() for p in tensors), sum(p.numel() * p.element_size() for p in tensors)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from adalora.errors import CheckpointError
+from adalora.faults import storage_fault
 
 TENSORS, DESCRIPTION = "adalora_state.safetensors", "adalora_state.json"
 FORMAT = 1
@@ -54,12 +55,9 @@ def write_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
         text = json.dumps({"format": FORMAT, "sha256": _hash(_canonical(body)), "state": body}, indent=1) + "\n"
         write_file(path / DESCRIPTION, text.encode())
     except OSError as error:
-        cure = {
-            errno.ENOSPC: "the disk is full: free some space, or keep fewer checkpoints (save_total_limit=2)",
-            errno.EDQUOT: "the quota is used up: free some space, or keep fewer checkpoints (save_total_limit=2)",
-            errno.EROFS: "the file system is read-only: choose another output folder",
-            errno.EACCES: "no permission to write there: choose another output folder",
-        }.get(error.errno or 0, "the checkpoint is not whole")
+        cure = storage_fault(error) or "the checkpoint is not whole"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            cure += ", or keep fewer checkpoints (save_total_limit=2)"
         raise CheckpointError(f"{path}: {error.strerror}; {cure}. Earlier checkpoints are untouched") from error
 
 

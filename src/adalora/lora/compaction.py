@@ -140,3 +140,15 @@ def replace_data_(parameter: nn.Parameter, data: Tensor) -> None:
     parameter.grad = None
     parameter.data = torch.empty(0, dtype=other, device=parameter.device)
     parameter.data = data
+
+
+def adapter_size(handles: Sequence[TripletHandle], optimizer: Optimizer | None = None) -> tuple[int, int, int]:
+    """Parameters and bytes of the adapter's factors in memory, and bytes of what the optimizer keeps for them."""
+    tensors = [p for h in handles if not h.removed for p, _ in h.factors.values()]
+    states = [optimizer.state.get(p, {}) for p in tensors] if optimizer is not None else []
+    kept = [v for state in states for v in state.values() if isinstance(v, Tensor)]
+    return (
+        sum(p.numel() for p in tensors),
+        sum(p.numel() * p.element_size() for p in tensors),
+        sum(v.numel() * v.element_size() for v in kept),
+    )

@@ -33,13 +33,17 @@ def prepare(model: nn.Module, handles: list[TripletHandle], config: AdaLoraConfi
         shrink: Initial budget over target budget.
 
     Raises:
-        AttachError: Trained values would be lost.
+        AttachError: Trained values would be lost, or a scale is asked for that they cannot have.
     """
     new = fresh(handles)
     if not new and config.initialization == "gaussian":
         raise AttachError(
             'the adapter is trained already and initialization="gaussian" would lose that: use "orthonormal" (its '
             'exact singular vectors) or "keep"'
+        )
+    if not new and "scale" in config.model_fields_set and config.scale != "initial":
+        raise AttachError(
+            f'the adapter is trained already and keeps its scale: leave scale={config.scale!r} out, or use "initial"'
         )
     if config.parametrization == "lora":
         for h in handles:

@@ -62,3 +62,18 @@ def refuse_unsupported(name: str, layer: Any, adapter: str) -> None:
             f"{name}: the adapter has no values yet (low_cpu_mem_usage=True); load it, or use "
             "get_peft_model(model, config) without low_cpu_mem_usage"
         )
+
+
+def refuse_shared_factors(layers: list[tuple[str, Any]], adapter: str) -> None:
+    """What is a column of P in one layer and a row of Q in another cannot have a length, or leave, for one of them."""
+    owner: dict[int, str] = {}
+    for name, layer in layers:
+        for holder in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
+            factor = getattr(holder[adapter], "weight", holder[adapter]) if adapter in holder else None
+            place = 0 if factor is None else factor.data_ptr()
+            if place and owner.setdefault(place, name) != name:
+                raise AttachError(
+                    f"{name}: shares its LoRA factors with {owner[place]} (ensure_weight_tying=True): what is P in the "
+                    "one is Q in the other, and a triplet cannot leave one of them; leave ensure_weight_tying out of "
+                    "LoraConfig"
+                )

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from adalora.errors import AttachError
 from adalora.lora.groups import by_group, length_along, places_along
-from adalora.lora.refusals import no_layer_message, refuse_changed_base, refuse_unsupported
+from adalora.lora.refusals import no_layer_message, refuse_changed_base, refuse_shared_factors, refuse_unsupported
 
 
 @dataclass(eq=False)
@@ -280,6 +280,7 @@ def find_triplets(model: nn.Module, adapter: str) -> list[TripletHandle]:
     refuse_changed_base(model, adapter)
     for name, layer in mine:
         refuse_unsupported(name, layer, adapter)
+    refuse_shared_factors(mine, adapter)
     return [TripletHandle(name=n, layer=m, adapter=adapter) for n, m in mine]
 
 

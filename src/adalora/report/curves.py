@@ -47,5 +47,5 @@ def plot_curve(
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.set_title("One training, every budget")
     if len(curves) > 1:
-        ax.legend()
+        ax.legend(loc="center right")
     return figure_of(ax)

@@ -160,7 +160,7 @@ def plot_compared(
         ax.plot(*_xy(thin(values)), color=_colour(i), ls=_dash(i), label=name)
     ax.set_ylabel(ylabel)
     ax.set_xlabel("optimizer step")
-    ax.legend()
+    ax.legend(loc="upper right")
     return figure_of(ax)
 
 
@@ -191,7 +191,7 @@ def _over_steps(ax: Axes, history: History, *, legend: bool = True) -> Figure:
     ax.set_xlim(0, total)
     ax.set_xlabel("optimizer step")
     if legend and ax.get_legend_handles_labels()[0]:
-        ax.legend()
+        ax.legend(loc="upper right")
     return figure_of(ax)
 
 

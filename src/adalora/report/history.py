@@ -13,7 +13,8 @@ One run is a list of flat JSON records, in memory and, if a path is given, one J
               skipped_steps, update_ratio (‖ΔW‖ / ‖W‖ of the median module; where known),
               triplet_scores[][] (of the triplets kept, once the budget has reached its target),
               revived_triplets[[module, triplet]] (numbers from 0; a triplet keeps its number until the compaction)
-`compaction`  step, ranks[], parameters_before, parameters_after, bytes_before, bytes_after
+`compaction`  step, ranks[], parameters_before, parameters_after, bytes_before, bytes_after (of the adapter in memory),
+              optimizer_bytes_before, optimizer_bytes_after (of the optimizer's state for it)
 `pruned`      step, file, triplets, parameters, bytes      (what was pruned, in a file beside this one)
 `restored`    step, of_step, checkpoint, ranks[]   (the adapter of the best checkpoint came back: what was trained and
               allocated from `of_step` on is not in it)
@@ -27,13 +28,18 @@ One run is a list of flat JSON records, in memory and, if a path is given, one J
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from adalora.errors import AdaLoraWarning
+from adalora.faults import storage_fault
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,6 +61,9 @@ def _finite(value: Any) -> Any:
 class History:
     """Append-only list of records, mirrored to a JSON-lines file when a path is set.
 
+    A file that cannot be written to, on a full disk, ends no run: the records stay in memory, which is told once, and
+    go into the file as soon as it takes them.
+
     Args:
         path: File to append to; its folder is made. None keeps the records in memory only.
 
@@ -66,6 +75,8 @@ class History:
         self.records: list[Record] = []
         self.listeners: list[Callable[[Record], None]] = []
         self.path: Path | None = None
+        self._in_file = self._bytes = 0  # records and bytes that are in the file
+        self._told = False
         self._started = time.monotonic()
         if path is not None:
             self.write_to(path)
@@ -74,20 +85,41 @@ class History:
         """Mirror to `path` from now on; records already held are written first."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in self.records)
+        self.path.write_bytes(b"")
+        self._in_file = self._bytes = 0
+        self._catch_up()
 
     def add(self, event: str, **fields: Any) -> Record:
         """Append one record and return it. `seconds` since the start is added where it is not given."""
         record: Record = _finite({"event": event, **fields})
         record.setdefault("seconds", round(self.seconds, 3))
         self.records.append(record)
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+        self._catch_up()
         for listener in self.listeners:
             listener(record)
         return record
+
+    def _catch_up(self) -> None:
+        """Append what is not in the file yet."""
+        if self.path is None:
+            return
+        lines = "".join(json.dumps(record) + "\n" for record in self.records[self._in_file :]).encode()
+        try:
+            with self.path.open("ab") as file:
+                file.write(lines)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # half a line would spoil the file for readers
+                os.truncate(self.path, min(self._bytes, self.path.stat().st_size))
+            if not self._told:
+                self._told = True
+                fault = storage_fault(error) or error.strerror
+                warnings.warn(
+                    f"{self.path}: {fault}. The run goes on, its history in memory until the file can be written to",
+                    AdaLoraWarning,
+                    stacklevel=2,
+                )
+        else:
+            self._in_file, self._bytes = len(self.records), self._bytes + len(lines)
 
     def restore(self, records: list[Record]) -> None:
         """Go on from the records of an interrupted run: they replace those held, in the file too."""

@@ -76,7 +76,8 @@ def _agreement(runs: list[NamedRun]) -> dict[str, Any] | None:
 
 def facts(history: History, modules: pd.DataFrame) -> list[dict[str, Any]]:
     """Label, value and the value before (or None), for the tiles and for the table of several runs."""
-    done = history.last("compaction") or {}
+    cuts = history.of("compaction") or [{}]  # one, or one for each stage
+    start, done = cuts[0], cuts[-1]
     newest = history.last("finish") or history.last("allocation") or {}
     loss = steps_frame(history)["loss"].dropna()
     steps = [r["step"] for r in history if "step" in r]
@@ -84,7 +85,8 @@ def facts(history: History, modules: pd.DataFrame) -> list[dict[str, Any]]:
         ("Rank, all modules", int(modules["rank"].sum()), int(modules["initial_rank"].sum())),
         ("Modules at rank 0", int((modules["rank"] == 0).sum()), None),
         ("Adapter parameters", int(modules["parameters"].sum()), int(modules["initial_parameters"].sum())),
-        ("Adapter bytes", done.get("bytes_after"), done.get("bytes_before")),
+        ("Adapter bytes", done.get("bytes_after"), start.get("bytes_before")),
+        ("Optimizer bytes", done.get("optimizer_bytes_after"), start.get("optimizer_bytes_before")),
         ("Loss, last 5 %", loss.iloc[-max(1, len(loss) // 20) :].mean() if len(loss) else None, None),
     ]
     for (metric, split), part in list(metrics_frame(history).groupby(["metric", "split"], sort=False))[:3]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from adalora.errors import RecipeError
+from adalora.errors import RecipeError, StorageError
+from adalora.faults import storage_fault
 
 ADAPTER, METRICS, HISTORY, REPORT, RECIPE, WORK, PRUNED = (
     "adapter",
@@ -48,16 +50,43 @@ def prepare_folder(folder: Path, *, overwrite: bool) -> Path:
 
 
 def save_adapter(model: Any, processor: Any, folder: Path) -> None:
-    """Write the plain LoRA adapter and the processor; the folder appears whole or not at all."""
+    """Write the plain LoRA adapter and the processor; the folder appears whole or not at all.
+
+    Raises:
+        StorageError: The disk is full or read-only. The adapter is then in the system's folder for temporary files.
+    """
+    try:
+        _save_adapter(model, processor, folder)
+    except Exception as error:
+        fault = storage_fault(error)
+        if fault is None:
+            raise
+        raise StorageError(f"{folder}: {fault}. {_rescue(model, processor)}") from error
+
+
+def _rescue(model: Any, processor: Any) -> str:
+    """Keep what was trained on another file system, if there is one; where, or that it is lost."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="adalora-")) / ADAPTER
+        _save_adapter(model, processor, folder)
+    except Exception as error:
+        return f"Nor could the adapter be written to {tempfile.gettempdir()}: {storage_fault(error) or error}"
+    return f"What was trained is in {folder}"
+
+
+def _save_adapter(model: Any, processor: Any, folder: Path) -> None:
     unfinished = folder.with_name(folder.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
-    # Embeddings are never resized here; PEFT would ask the hub whether they were.
-    model.save_pretrained(unfinished, save_embedding_layers=False)
-    processor.save_pretrained(unfinished)
-    labels = getattr(model.config, "id2label", None)
-    write_text(unfinished / "labels.json", json.dumps(labels))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
+    try:
+        # Embeddings are never resized here; PEFT would ask the hub whether they were.
+        model.save_pretrained(unfinished, save_embedding_layers=False)
+        processor.save_pretrained(unfinished)
+        labels = getattr(model.config, "id2label", None)
+        write_text(unfinished / "labels.json", json.dumps(labels))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

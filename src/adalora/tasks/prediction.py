@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from adalora.errors import AdapterFileError
+from adalora.export.files import WEIGHTS_NAME
 from adalora.tasks.recipe_files import load_recipe
 
 PREDICTS = ("classification",)
@@ -23,7 +24,8 @@ def load_saved(run: Path) -> tuple[Any, Any]:
         AdapterFileError: The folder holds no finished run.
     """
     adapter = run / "adapter"
-    if not (adapter / "labels.json").is_file():
+    # Without the safetensors file PEFT would read a pickle.
+    if not all((adapter / name).is_file() for name in ("labels.json", WEIGHTS_NAME)):
         raise AdapterFileError(f"{run} holds no trained adapter; train one first: adalora demo --out {run}")
     labels = {int(k): v for k, v in json.loads((adapter / "labels.json").read_text(encoding="utf-8")).items()}
     recipe = load_recipe(run / "recipe.yaml")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch
 from rich.console import Console
 from transformers import Trainer, TrainerCallback, set_seed
 
-from adalora.errors import DataError, RecipeError, TrainingError
+from adalora.errors import DataError, OutOfMemory, RecipeError
+from adalora.faults import is_out_of_memory
 from adalora.integrations.trainer import AdaLoraCallback
 from adalora.lora.checkpoint import latest_checkpoint
 from adalora.lora.engines import refuse_launcher
@@ -114,6 +116,7 @@ def run_recipe(
         ConfigError: The launcher cuts the model into shards.
         DataError: The data cannot be read.
         TrainingError: Training has diverged, or memory is exhausted.
+        StorageError: The adapter cannot be written to the output folder; the message says where it is.
     """
     from accelerate import PartialState
 
@@ -138,6 +141,7 @@ def run_recipe(
         adaptive = AdaLoraCallback(recipe.adalora, history=history, thresholds=recipe.diagnostics)
         adaptive.pruned = folder / PRUNED if first and recipe.training.keep_pruned else None
         adaptive.resume_hint = f"adalora train {folder / RECIPE} --resume"
+        adaptive.save_hint = "training.keep_best and training.evaluate_every"
     trainer = make_trainer(recipe, task, model=model, processor=processor, splits=splits)
     for callback in hooks.callbacks(model) if hooks.callbacks else ():
         trainer.add_callback(callback)
@@ -145,7 +149,11 @@ def run_recipe(
         write_text(folder / RECIPE, dump_recipe(recipe))
     before = trainable(model)
     _train(trainer, adaptive, console, checkpoint=checkpoint)
-    scores = task.evaluate(trainer, rows, processor)
+    if first and hooks.keep_adapter:  # before the evaluation, which may fail
+        save_adapter(model, processor, folder / ADAPTER)
+    size = trainer.args.per_device_eval_batch_size
+    with _memory_advice(f"out of memory in the evaluation: --set training.eval_batch_size={max(1, size // 2)}"):
+        scores = task.evaluate(trainer, rows, processor)
     metrics = {
         "name": recipe.name,
         "task": recipe.task.name,
@@ -164,8 +172,6 @@ def run_recipe(
     }
     if first:
         history.add("metric", step=trainer.state.global_step - 1, split=split, values=scores)
-        if hooks.keep_adapter:
-            save_adapter(model, processor, folder / ADAPTER)
         write_text(folder / METRICS, json.dumps(metrics, indent=2) + "\n")
         if adaptive is not None and hooks.keep_adapter:
             build_report(history, folder / REPORT, names=[recipe.name])
@@ -194,14 +200,25 @@ def _train(
             trainer.add_callback(callback)
     if adaptive is not None:  # before a checkpoint is loaded
         adaptive.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    size, parts = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
+    cure = (
+        f"out of memory: halve the batch and keep its sum, --set training.batch_size={max(1, size // 2)} "
+        f"--set training.gradient_accumulation={2 * parts}; or --set training.gradient_checkpointing=true, a "
+        "shorter training.max_length, a smaller LoraConfig r, or model.quantization=4bit"
+    )
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except torch.OutOfMemoryError as error:
-        size, parts = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
-        raise TrainingError(
-            f"out of memory: halve the batch and keep its sum, --set training.batch_size={max(1, size // 2)} "
-            f"--set training.gradient_accumulation={2 * parts}; or --set training.gradient_checkpointing=true, a "
-            "shorter training.max_length, a smaller LoraConfig r, or model.quantization=4bit"
-        ) from error
+        with _memory_advice(cure):
+            trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         bar.close()
+
+
+@contextmanager
+def _memory_advice(cure: str) -> Iterator[None]:
+    """What to lower where memory ends inside the block."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(cure) from error
