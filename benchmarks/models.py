@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import adalora
 BERT_LINEARS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LEARNING_RATE = 1e-3
+CPU = torch.device("cpu")
 METHODS = ("lora", "peft_adalora", "ours")
 
 
@@ -65,6 +67,18 @@ def base_model(shape: Shape, *, seed: int = 0) -> torch.nn.Module:
     return BertForSequenceClassification(BertConfig(**sizes))
 
 
+@lru_cache(maxsize=256)  # no step of a GPU's waits for its words
+def batch(shape: Shape, step: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Random words, the same for every method."""
+    generator = torch.Generator().manual_seed(step)
+    words = torch.randint(0, 1000, (shape.batch, shape.length), generator=generator).to(device)
+    labels = words if shape.llama else words[:, 0] % 2
+    inputs = {"input_ids": words, "labels": labels}
+    if device.type == "cpu":  # on a GPU transformers would ask the device whether it is all ones
+        inputs["attention_mask"] = torch.ones_like(words)
+    return inputs
+
+
 @dataclass
 class Training:
     """One method on one model, a step at a time."""
@@ -75,18 +89,18 @@ class Training:
     optimizer: torch.optim.Optimizer
     after_step: Callable[[], None]
     controller: Any = None
-    dtype: torch.dtype = torch.float32
-
-    def batch(self, step: int) -> dict[str, torch.Tensor]:
-        """Random words, the same for every method."""
-        generator = torch.Generator().manual_seed(step)
-        words = torch.randint(0, 1000, (self.shape.batch, self.shape.length), generator=generator)
-        labels = words if self.shape.llama else words[:, 0] % 2
-        return {"input_ids": words, "attention_mask": torch.ones_like(words), "labels": labels}
+    device: torch.device = CPU
+    autocast: torch.dtype | None = None
 
     def gradients(self, step: int) -> None:
         """Forward and backward."""
-        self.model(**self.batch(step)).loss.backward()
+        inputs = batch(self.shape, step, self.device)
+        if self.autocast is None:
+            loss = self.model(**inputs).loss
+        else:
+            with torch.autocast(self.device.type, dtype=self.autocast):
+                loss = self.model(**inputs).loss
+        loss.backward()
 
     def step(self, step: int) -> None:
         """A whole training step."""
@@ -113,6 +127,8 @@ def training(
     initial: int | None = None,
     steps: int = 1000,
     dropout: float = 0.0,
+    device: torch.device = CPU,
+    autocast: torch.dtype | None = None,
     **options: Any,
 ) -> Training:
     """A method ready to train.
@@ -124,9 +140,12 @@ def training(
         initial: Initial rank; by default 1.5 times the target, as in the paper.
         steps: Length of the run: 12 % warm-up, 40 % decrease, 48 % final phase.
         dropout: Of the adapter.
+        device: Where the model lies.
+        autocast: Type of mixed precision, if any.
         **options: For `adalora.attach`.
     """
-    base = base_model(shape)
+    with device:
+        base = base_model(shape)
     targets = LLAMA_LINEARS if shape.llama else BERT_LINEARS
     initial = rank + rank // 2 if initial is None else initial
     if method == "peft_adalora":
@@ -148,7 +167,7 @@ def training(
         )
     model = get_peft_model(base, config).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
-    run = Training(method, shape, model, optimizer, lambda: None)
+    run = Training(method, shape, model, optimizer, lambda: None, device=device, autocast=autocast)
     if method == "ours":  # its own hook on the optimizer does the rest
         run.controller = adalora.attach(model, target_rank=rank, total_steps=steps, **options)
     elif method == "peft_adalora":

@@ -2,8 +2,9 @@
 
     python -m benchmarks.overhead            # everything, about 15 minutes on one quiet core
     python -m benchmarks.overhead counts     # one part; parts add to the same file
+    python -m benchmarks.overhead --device cuda --out FOLDER   # on a GPU, see `benchmarks.cuda`
 
-Writes `results/overhead.json` and `results/overhead.png`.
+Writes `results/overhead.json` and `results/overhead.png`, on a GPU `cuda.json`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adalora.config import initial_rank
+from benchmarks import cuda
 
 RESULTS = Path(__file__).parent / "results"
 PHASES = ("warmup", "decrease", "final")
@@ -206,8 +208,23 @@ def _leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[tupl
     ]
 
 
-def main(parts: Annotated[list[str] | None, typer.Argument()] = None, out: Path = RESULTS) -> None:
+def on_gpu(out: Path, device: torch.device) -> None:
+    """Measure on a GPU, print, and write `cuda.json`."""
+    results = {**cuda.measure(device), "machine": {**_machine(), "gpu": torch.cuda.get_device_name(device)}}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "cuda.json").write_text(json.dumps(results, indent=1) + "\n")
+    for name, shape in results["shapes"].items():
+        _print(name, shape)
+
+
+def main(parts: Annotated[list[str] | None, typer.Argument()] = None, out: Path = RESULTS, device: str = "cpu") -> None:
     """Measure all parts or those named, print them, and write them beside what `out` has already."""
+    if device != "cpu":
+        if not torch.cuda.is_available():
+            raise typer.BadParameter(f"--device {device}: no CUDA device here; leave it out to measure the CPU")
+        warnings.filterwarnings("ignore")
+        on_gpu(out, torch.device(device))
+        return
     unknown = set(parts or []) - set(PARTS)
     if unknown:
         raise typer.BadParameter(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")

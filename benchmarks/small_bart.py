@@ -75,12 +75,13 @@ def main() -> None:
     rows = load_builtin("e2e")["train"]
     texts = [*rows["facts"], *rows["text"]]
     tokenizer = make_tokenizer(texts)
-    model = make_model(tokenizer)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = make_model(tokenizer).to(device)  # type: ignore[arg-type]  # its stub takes no device alone
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     schedule = get_linear_schedule_with_warmup(optimizer, STEPS // 20, STEPS)
     print(f"{model.num_parameters():,} parameters, {len(texts)} texts, {STEPS} steps of {BATCH}", flush=True)
     for step, batch in zip(range(1, STEPS + 1), batches(texts, tokenizer, seed=0)):
-        loss = model(**batch).loss
+        loss = model(**{name: part.to(device) for name, part in batch.items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -53,8 +53,8 @@ class Module:
         return [*found, layer.lora_lambda[name]] if self.own_lambda else found
 
     def matrix(self, number, tensor):
-        """[d_out, r], [r, d_in] and [r] in float64, a copy, of what is shaped like one of the parameters."""
-        tensor = tensor.detach().double().clone()
+        """[d_out, r], [r, d_in] and [r] in float64 on the CPU, a copy, of what is shaped like one of the parameters."""
+        tensor = tensor.detach().cpu().double().clone()
         if number == 2:
             return tensor
         return tensor.T if self.adapter in self.layer.lora_embedding_A else tensor.flatten(1)

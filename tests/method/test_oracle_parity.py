@@ -249,11 +249,11 @@ def flat(parts):
 class Run:
     """A model in training with what the optimizer and the controller's decisions looked like."""
 
-    def __init__(self, mode):
-        self.mode = mode
+    def __init__(self, mode, device="cpu"):
+        self.mode, self.device = mode, device
         torch.manual_seed(1)
         targets = ["query", "down", "head"] if mode.base is Blocks else ["words", "mix", "first", "second", "out"]
-        self.model = lora(r=3, targets=targets, base=mode.base, **mode.lora).to(mode.dtype)
+        self.model = lora(r=3, targets=targets, base=mode.base, **mode.lora).to(device, mode.dtype)
         self.config = AdaLoraConfig(**settings_of(mode))
         self.controller = adalora.attach(self.model, self.config, total_steps=STEPS)
         self.oracle = make_oracle(self.config, self.model, list(self.controller.ranks), mode.dtype)
@@ -283,12 +283,12 @@ class Run:
         self.optimizer.zero_grad()
         if self.mode.base is Blocks:
             x, y = batch(step, dtype=self.mode.dtype)
-            out = self.model(x)
+            out, y = self.model(x.to(self.device)), y.to(self.device)
         else:
             generator = torch.Generator().manual_seed(step)
             words = torch.randint(9, (16, 4), generator=generator)
             y = torch.nn.functional.one_hot(words[:, 0] % 3, 3).to(self.mode.dtype)
-            out = self.model(words, extra=step % 3 != 0)
+            out, y = self.model(words.to(self.device), extra=step % 3 != 0), y.to(self.device)
         (out - y).square().mean().backward()
         if self.mode.bad and step % self.mode.bad == 4:
             self.optimizer.param_groups[0]["params"][0].grad[0, 0] = torch.inf

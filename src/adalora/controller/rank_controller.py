@@ -158,10 +158,10 @@ class RankController(FinalPhase, HistoryPlots):
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer) -> None:
         """An optimizer step is about to be made, its gradients are there: add the coupled orthogonality term."""
-        if self.finished or self._model() is None or overflowed(optimizer):
+        if self.finished or self._model() is None:
             return
         observe = self._observes and not self._optimizers.partner(optimizer)
-        if self._observation.acts_before(observe=observe):
+        if self._observation.acts_before(observe=observe) and not overflowed(optimizer):
             with self._shards.whole():
                 self._observation.before(self._shards.of(optimizer) or optimizer, observe=observe)
 

@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from adalora.lora.fused import fused_lora
+from adalora.lora.fused import fused_lora, under_autocast
 
 # Attribute of a layer: adapter name -> which triplets take part in training, [r] bool (nested training).
 DROPPED = "adalora_dropped"
@@ -63,7 +63,7 @@ def linear_forward(
     """
     A, B, dropout = module.lora_A[adapter], module.lora_B[adapter], module.lora_dropout[adapter]
     live = getattr(module, DROPPED, {}).get(adapter) if module.training else None
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = under_autocast(x)
     operands = [x, A.weight, B.weight] if weights is None else [x, A.weight, B.weight, weights]
     if autocast and x.dtype != torch.float64:
         operands = [t.to(torch.get_autocast_dtype(x.device.type)) for t in operands]

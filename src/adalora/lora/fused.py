@@ -113,10 +113,15 @@ class _FusedLora(torch.autograd.Function):
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    device = tensor.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
+    if under_autocast(tensor):
+        return torch.autocast(tensor.device.type, enabled=False)
     return nullcontext()
+
+
+def under_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device; `meta` knows none."""
+    device = tensor.device.type
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> Gradients:

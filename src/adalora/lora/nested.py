@@ -67,10 +67,14 @@ class NestedTruncation:
         whole, share = torch.rand(2, generator=random).tolist()
         share = 1.0 if whole < 0.5 else share
         keep = self._share <= max(share, float(self._share.min())) + 1e-12
-        for h, part in zip(self._handles, torch.split(keep, [h.live_rank for h in self._handles])):
-            live = h.mask.clone()
-            live[h.mask] = part
-            _set(h, None if bool(part.all()) else live)
+        live = torch.cat([h.mask for h in self._handles])
+        live[live.clone()] = keep
+        ranks = [h.rank for h in self._handles]
+        devices = {h.Q_parameter.device for h in self._handles}
+        moved = {device: torch.split(live.to(device, non_blocking=True), ranks) for device in devices}  # one copy each
+        parts = torch.split(keep, [h.live_rank for h in self._handles])
+        for n, (h, part) in enumerate(zip(self._handles, parts)):
+            _set(h, None if bool(part.all()) else moved[h.Q_parameter.device][n])
         return share
 
     def stop(self) -> None:
@@ -84,4 +88,4 @@ def _set(handle: TripletHandle, live: torch.Tensor | None) -> None:
     if live is None:
         dropped.pop(handle.adapter, None)
     else:
-        dropped[handle.adapter] = live.to(handle.Q_parameter.device)
+        dropped[handle.adapter] = live

@@ -78,7 +78,7 @@ class Observation:
             step_apart(
                 self._live,
                 weight=self.config.orthogonality_weight,
-                learning_rate=float(optimizer.param_groups[0]["lr"]),
+                learning_rate=optimizer.param_groups[0]["lr"],  # a number, or a tensor: that one is not asked
             )
 
     def warn_if_skipped(self) -> None:

@@ -17,11 +17,12 @@ from adalora.lora.triplets import TripletHandle
 
 
 @torch.no_grad()
-def decoupled_step(handles: Sequence[TripletHandle], *, weight: float, learning_rate: float) -> None:
+def decoupled_step(handles: Sequence[TripletHandle], *, weight: float, learning_rate: float | Tensor) -> None:
     """Move P and Q towards orthogonality by lr·γ·∇R, apart from the loss, as AdamW does with weight decay.
 
     R is scale-free: Q's rows are asked for length ρ and right angles, P's columns, which carry the singular values,
-    for right angles alone. Layers of one shape go through together.
+    for right angles alone. Layers of one shape go through together. A learning rate that lies on a device, as
+    optimizers inside CUDA graphs keep it, stays there.
     """
     size = 4 * weight * learning_rate  # 4 from the gradient of a square
     for group in _by_length(handles, left=True):
@@ -56,7 +57,7 @@ def _parts(stack: Tensor, factors: list[Tensor]) -> list[Tensor]:
     return [row[: f.shape[0], : f.shape[1]] for row, f in zip(stack.unbind(), factors)]
 
 
-def _step_left(factors: list[Tensor], *, size: float) -> None:
+def _step_left(factors: list[Tensor], *, size: float | Tensor) -> None:
     """P -= size · P (PᵀP - diag) / max ‖P_i‖²: relative to the longest column, whatever the adapter's size."""
     P_kor = _stack(factors)
     gram_krr = P_kor.transpose(1, 2) @ P_kor
@@ -66,7 +67,7 @@ def _step_left(factors: list[Tensor], *, size: float) -> None:
     _subtract(factors, P_kor @ gram_krr.div_(longest_k.view(-1, 1, 1)), size=size)
 
 
-def _step_right(factors: list[Tensor], squared_norms: list[float], *, size: float) -> None:
+def _step_right(factors: list[Tensor], squared_norms: list[float], *, size: float | Tensor) -> None:
     """Q -= size · (QQᵀ/ρ² - I) Q."""
     Q_kri = _stack(factors)
     gram_krr = Q_kri @ Q_kri.transpose(1, 2)
@@ -75,7 +76,9 @@ def _step_right(factors: list[Tensor], squared_norms: list[float], *, size: floa
     _subtract(factors, gram_krr @ Q_kri, size=size)
 
 
-def _subtract(factors: list[Tensor], steps: Tensor, *, size: float) -> None:
+def _subtract(factors: list[Tensor], steps: Tensor, *, size: float | Tensor) -> None:
+    if isinstance(size, Tensor):
+        steps, size = steps.mul_(size), 1.0
     torch._foreach_sub_(factors, _parts(steps.to(factors[0].dtype), factors), alpha=size)
 
 
@@ -107,7 +110,7 @@ def _hand_over_alike(handles: list[TripletHandle], optimizer: Optimizer | None) 
         handles, P_kor, Q_kri = [handles[k] for k in chosen], P_kor[chosen], Q_kri[chosen]
     row_norms = torch.tensor([h.row_norm for h in handles], dtype=torch.float64).view(-1, 1, 1)
     wide = torch.promote_types(P_kor.dtype, torch.float32)
-    result = balance(P_kor, Q_kri, row_norm=row_norms.to(P_kor.device, wide))
+    result = balance(P_kor, Q_kri, row_norm=row_norms.to(P_kor.device, wide, non_blocking=True))
     if optimizer is not None:
         P, Q = [h.P_parameter for h in handles], [h.Q_parameter for h in handles]
         turn_states(optimizer, P, handles[0].P_dim, gradient=result.to_Q, weight=result.to_P.mT)
@@ -124,7 +127,7 @@ def orthogonality_error(handles: Sequence[TripletHandle]) -> float:
         for group in _by_length(handles, left=left):
             # A vector of zeros counts as none: so pruned ones are left out.
             vectors = _stack([h.P_or.T if left else h.Q_ri for h in group])
-            live = _stack([h.mask.unsqueeze(1) for h in group]).to(vectors.device)
+            live = _stack([h.mask.unsqueeze(1) for h in group]).to(vectors.device, non_blocking=True)
             errors.append(relative_error(vectors.mul_(live)).cpu())
             several += [h.live_rank > 1 for h in group]
     if True not in several:

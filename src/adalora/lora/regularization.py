@@ -56,7 +56,7 @@ def _by_shape(handles: Sequence[TripletHandle]) -> Iterator[tuple[list[nn.Parame
 
 
 @torch.no_grad()
-def decoupled_svd_step(handles: Sequence[TripletHandle], *, weight: float, learning_rate: float) -> None:
+def decoupled_svd_step(handles: Sequence[TripletHandle], *, weight: float, learning_rate: float | Tensor) -> None:
     """Move P's columns and Q's rows towards length 1 and right angles by lr·γ·∇R, apart from the loss."""
     for parameters, V_krd, rows_last in _by_shape([h for h in handles if h.rank > 0]):
         steps = squared_gradient(V_krd.float(), squared_norm=1.0).mul_(weight * learning_rate)

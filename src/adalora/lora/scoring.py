@@ -76,7 +76,7 @@ class Scorer:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` gave, for layers of the same ranks; missing averages start anew."""
         self.reset()
-        self._random.set_state(state["random"])
+        self._random.set_state(state["random"].cpu())
         if len(state) == 1:
             return
         self._build()
@@ -92,7 +92,7 @@ class Scorer:
             if name == "random":
                 continue
             module, factor, _ = name.rsplit(".", 2)
-            index = masks[module].nonzero().squeeze(1).to(value.device)
+            index = masks[module].nonzero().squeeze(1).to(value.device, non_blocking=True)
             if len(index):
                 state[name] = value.index_select(value.dim() - 1 if factor == "P" else 0, index)
         return state
@@ -295,7 +295,8 @@ def _update(
     if len(present) == len(average.sensitivity):
         average.update(product, **averaging)
         return
-    part = SmoothedImportance(average.sensitivity[present], average.uncertainty[present])
+    rows = torch.tensor(present).to(product.device, non_blocking=True)
+    part = SmoothedImportance(average.sensitivity.index_select(0, rows), average.uncertainty.index_select(0, rows))
     part.update(product, **averaging)
-    average.sensitivity[present] = part.sensitivity
-    average.uncertainty[present] = part.uncertainty
+    average.sensitivity.index_copy_(0, rows, part.sensitivity)
+    average.uncertainty.index_copy_(0, rows, part.uncertainty)
