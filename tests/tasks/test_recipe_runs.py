@@ -10,7 +10,7 @@ import math
 import pytest
 from rich.console import Console
 
-from adalora.tasks import data, sources
+from adalora.tasks import data, runner, sources
 from adalora.tasks.progress import show_result
 from adalora.tasks.recipe_files import catalogue, load_recipe
 from adalora.tasks.runner import run_recipe
@@ -64,6 +64,7 @@ def test_a_recipe_runs(name, tmp_path, monkeypatch):
     monkeypatch.delenv(sources.DATA_VARIABLE, raising=False)
     monkeypatch.setattr(sources, "load_hub", load_hub)
     monkeypatch.setattr(data, "load_hub", load_hub)
+    monkeypatch.setattr(runner, "build_report", lambda *_, **__: None)  # most of a short run's time; tested elsewhere
     recipe = shortened(name, tmp_path)
     console = Console(file=io.StringIO(), width=200)
     result = run_recipe(recipe, console=console)
