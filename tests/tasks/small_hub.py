@@ -16,7 +16,7 @@ RATE = 16_000
 
 
 def sentence(n, length=5):
-    return " ".join(WORDS[(n * 7 + k * 3) % len(WORDS)] for k in range(length))
+    return " ".join(WORDS[(n * 7 + k * 3) % len(WORDS)] for k in range(length + n % 4))
 
 
 def glue(columns, labels, *, numbers=False):
