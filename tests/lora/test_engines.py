@@ -42,11 +42,12 @@ def test_a_process_of_accelerates_launcher(monkeypatch):
 
 
 def test_an_accelerator():
-    controller = adalora.attach(lora(), target_rank=2, total_steps=10)
+    model = lora()  # the controller does not keep it alive
+    controller = adalora.attach(model, target_rank=2, total_steps=10)
     engine = types.SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
     with pytest.raises(ConfigError, match=REFUSED):
         register(engine, controller)
     accelerator = Accelerator(cpu=True)
-    optimizer = torch.optim.SGD(controller.model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     register(accelerator, controller)
     assert accelerator.prepare(optimizer) is not None
