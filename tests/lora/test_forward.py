@@ -269,7 +269,7 @@ def test_accumulated_gradients():
 @pytest.mark.filterwarnings(
     "ignore::torch.jit.TracerWarning",
     "ignore::DeprecationWarning",
-    "ignore:.torch.jit.trace. is deprecated:FutureWarning",  # torch 2.14
+    "ignore:.torch.jit.trace:FutureWarning",  # from torch 2.14 on
 )
 def test_can_be_traced():
     _, fused = pair(net=Net(inplace=False))
