@@ -90,7 +90,7 @@ def test_a_learning_rate_on_the_device_stays_there(name):
     optimizer = adamw(model)
     optimizer.param_groups[0]["lr"] = torch.tensor(1e-2, device="meta")
     with DeviceWaits() as counter, torch.no_grad():
-        controller._observation.after(optimizer, observe=False, regularise=True)
+        controller._observation.after(optimizer, observe=False)
     assert not counter.waits
 
 

@@ -173,7 +173,7 @@ class Oracle:
     def regularised(self, weights, *, lr):
         """The weights after γR's own step, where it acts apart from the loss."""
         config = self.config
-        if config.orthogonality != "decoupled" or (config.handover and self.step < config.warmup):
+        if config.orthogonality != "decoupled":
             return weights
         result = []
         for m, parts in zip(self.modules, weights):

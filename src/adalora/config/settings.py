@@ -82,14 +82,15 @@ class AdaLoraConfig(BaseModel):
             are trained as in Eq. 3, with λ a parameter of its own.
         initialization: How a new adapter starts with `"svd"`: `"orthonormal"` P and Q and λ = 0 (default), both
             `"gaussian"` with standard deviation 0.02 and λ = 0 (paper), or `"keep"`: LoRA's start, P = 0 and λ = 1.
-        handover: At the end of warm-up, up to which the adapter trains exactly as LoRA does, turn every P·Q
-            to its exact singular vectors. `"lora"` only.
+        handover: At the end of warm-up, up to which the adapter trains as LoRA does (with the orthogonality term), turn
+            every P·Q to its exact singular vectors. `"lora"` only.
         reorthonormalize: After each allocation turn P·Λ·Q to its exact singular vectors; the averages start anew.
-        scale: s in ΔW = s·P·Λ·Q, r being the target and r₀ the initial rank. `"matched"` (default): the adapter as a
-            whole trains as fast as a LoRA of the target rank: α/r divided by √(r₀/r), rounded to a whole number so that
+        scale: s in ΔW = s·P·Λ·Q, r being the target and r₀ the initial rank. `"initial"` (default): α/r₀, what
+            LoraConfig says; a step changes the layer's output as much as in a LoRA of the target rank. `"matched"`: a
+            step is as long, ‖ΔW‖, as in such a LoRA: α/r divided by √(r₀/r), rounded to a whole number so that
             `lora_alpha` stays one; with `"svd"` whatever makes Adam's first step as long as LoRA's. `"target"`: α/r,
-            each triplet moves like one of a LoRA of that rank (default with `"svd"`). `"initial"`: α/r₀, what
-            LoraConfig says. `"released"`: α/(r₀ + 1e-5). Or a number. An adapter that is trained keeps its scale.
+            each triplet moves like one of a LoRA of that rank (default with `"svd"`). `"released"`: α/(r₀ + 1e-5). Or
+            a number. An adapter that is trained keeps its scale.
         orthogonality: `"decoupled"`: R(P, Q) of Eq. 4 acts once per optimizer step, apart from the loss, like
             decoupled weight decay; `"squared"`: γ·R is part of the objective, as in Eq. 4; `"released"`: γ times the
             mean of the unsquared norms, as in the released code; `"off"`.
@@ -128,7 +129,7 @@ class AdaLoraConfig(BaseModel):
     initialization: Literal["keep", "orthonormal", "gaussian"] = "keep"
     handover: bool = True
     reorthonormalize: bool = False
-    scale: Literal["target", "initial", "matched", "released"] | float = "matched"
+    scale: Literal["target", "initial", "matched", "released"] | float = "initial"
     orthogonality: Orthogonality = "decoupled"
     orthogonality_weight: float = Field(default=0.1, ge=0)
     revival: bool = True

@@ -179,7 +179,7 @@ class RankController(FinalPhase, HistoryPlots):
 
     def _advance(self, optimizer: Optimizer) -> None:
         schedule, step = self.schedule, self.step
-        self._observation.after(optimizer, observe=self._observes, regularise=not self._plain_lora())
+        self._observation.after(optimizer, observe=self._observes)
         if self.config.handover and step == schedule.warmup_steps - 1:
             self.hand_over()
         if schedule.allocates(step):
@@ -194,10 +194,6 @@ class RankController(FinalPhase, HistoryPlots):
         self.step += 1
         if self.config.nested and step >= schedule.decrease_end:
             self._truncate_at_random()
-
-    def _plain_lora(self) -> bool:
-        """Up to the hand-over the adapter trains exactly as LoRA does."""
-        return self.config.handover and self.step < self.schedule.warmup_steps
 
     def hand_over(self) -> None:
         """Turn every P·Q into its singular vectors, exactly; the averages start anew."""

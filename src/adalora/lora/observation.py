@@ -63,7 +63,7 @@ class Observation:
                 parameter.grad = term.clone() if parameter.grad is None else parameter.grad.add_(term)
                 self._added.append((parameter, term))
 
-    def after(self, optimizer: Optimizer, *, observe: bool, regularise: bool) -> None:
+    def after(self, optimizer: Optimizer, *, observe: bool) -> None:
         """The weights have moved."""
         if observe and self.config.score_weights == "after":
             if self.config.score_gradient == "task":
@@ -73,7 +73,7 @@ class Observation:
                         parameter.grad.sub_(term, alpha=1 / scale)
             self.scorer.observe()  # torch's fused optimizers leave the gradients unscaled behind
         self._added.clear()
-        if regularise and self.config.orthogonality == "decoupled" and self.config.orthogonality_weight:
+        if self.config.orthogonality == "decoupled" and self.config.orthogonality_weight:
             step_apart = decoupled_step if self.config.parametrization == "lora" else decoupled_svd_step
             step_apart(
                 self._live,
