@@ -79,8 +79,8 @@ wheel-test: $(VENV)/.dev
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install -q -c constraints-oldest.txt -e '.[metrics]' pytest hypothesis
-	.venv-oldest/bin/python -m pytest tests/core tests/lora tests/method tests/architectures tests/test_config.py \
-	  tests/test_controller.py tests/test_registry.py
+	.venv-oldest/bin/python -m pytest tests/config tests/core tests/lora tests/controller tests/method tests/architectures \
+	  tests/test_registry.py
 
 test-newest:
 	$(PYTHON) -m venv .venv-newest

@@ -15,11 +15,13 @@ import pytest
 import torch
 import transformers as hf
 import typer
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from adalora.cli import commands as all_commands
 from adalora.compare.suite import load_suite
+from adalora.tasks.recipe import Recipe
 from adalora.tasks.recipe_files import find_recipe
 from docs_blocks import ROOT, blocks, commands, pages
 
@@ -219,9 +221,13 @@ def test_the_names_mean_what_comes_with_the_package(tmp_path, monkeypatch):
 
 def test_other_blocks(here):
     found = [(page, language, text) for page in pages() for _, language, text in blocks(page)]
+    recipe: dict[str, object] = {}
     assert {language for _, language, _ in found} <= LANGUAGES  # a block without one would be overlooked
     for page, language, text in found:
-        if language == "yaml":
+        if page == "docs/recipes.md" and language == "yaml":
+            recipe = {**recipe, **yaml.safe_load(text)}  # the first is whole, the others are parts of it
+            Recipe.parse(recipe, where=page)
+        elif language == "yaml":
             (here / "suite.yaml").write_text(text)
             assert load_suite(here / "suite.yaml").tasks, page
     (model_file,) = (text for _, language, text in found if language == "dockerfile")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import adalora
+from adalora.tasks.options import TASKS, task_names
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -34,6 +35,12 @@ def test_every_public_name_has_a_reference_entry():
     assert "`adalora.__version__`" in text
     for name in entries:
         assert getattr(adalora, name).__doc__
+
+
+def test_the_recipes_page_has_every_task_with_its_columns():
+    rows = re.findall(r"^\| `([\w-]+)` \| (.+?) \|", (DOCS / "recipes.md").read_text(encoding="utf-8"), re.MULTILINE)
+    columns = {task: set(re.findall(r"`(\w+)`", told)) for task, told in rows}
+    assert columns == {name: set(cls.ROLES) for name, cls in zip(task_names(), TASKS, strict=True)}
 
 
 def test_the_picture_and_the_page_show_the_layers_that_are_enforced():

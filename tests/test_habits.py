@@ -84,3 +84,16 @@ def test_issue_forms_are_valid(path):
     names = [part["id"] for part in form["body"]]
     assert len(set(names)) == len(names)
     assert all(part["attributes"]["label"] for part in form["body"])
+
+
+def test_every_benchmark_is_on_its_page():
+    folder = ROOT / "benchmarks"
+    told = set(re.findall(r"`(\w+\.(?:py|json|png))`", (folder / "README.md").read_text(encoding="utf-8")))
+    assert {path.name for path in folder.glob("*.py")} <= told
+    assert {path.name for path in (folder / "results").iterdir() if path.suffix != ".jsonl"} <= told
+
+
+def test_every_folder_of_the_package_has_its_tests():
+    package = ROOT / "src" / "adalora"
+    folders = {path.parent.relative_to(package).parts[0] for path in package.glob("*/__init__.py")}
+    assert [name for name in sorted(folders) if not list((ROOT / "tests" / name).glob("test_*.py"))] == []

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import adalora.cli
-from adalora.cli import export as commands
+from adalora.cli import compress, export
 from adalora.errors import AdapterFileError
 
 TARGETS = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
@@ -56,7 +56,8 @@ def run(monkeypatch):
     import typer
 
     app = typer.Typer()
-    commands.register(app)
+    export.register(app)
+    compress.register(app)
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments):

@@ -4,7 +4,9 @@ from typer.testing import CliRunner
 
 from adalora.cli import train
 from adalora.errors import RecipeError
+from adalora.tasks.options import task_names
 from adalora.tasks.recipe_files import load_recipe
+from adalora.tasks.wizard import guess_columns
 
 
 @pytest.fixture
@@ -46,6 +48,16 @@ def test_a_hub_name(answer):
     result = answer("regression", "some/model", "someone/set", "text", "label", "2")
     assert result.exit_code == 0, result.output
     assert load_recipe("mine.yaml").data.name == "someone/set"
+
+
+@pytest.mark.parametrize("task", task_names())
+def test_every_task_gives_a_recipe(task, answer):
+    columns = [f"my_{role}" for role in guess_columns(task, [])]
+    result = answer(task, "some/model", "someone/set", *columns, "8")
+    assert result.exit_code == 0, result.output
+    recipe = load_recipe("mine.yaml")
+    assert recipe.task.name == task
+    assert list(recipe.data.columns.values()) == columns
 
 
 def test_an_existing_file_is_kept(answer, tmp_path):

@@ -8,14 +8,18 @@ import torch
 from adalora.errors import AdapterFileError
 from adalora.tasks.prediction import load_saved
 
+from adalora.tasks.recipe_files import catalogue
+
 
 def adalora(*arguments):
     command = [sys.executable, "-c", "from adalora.cli import main; main()", *arguments]
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_recipes_lists_the_demo():
-    assert "airline-sentiment" in adalora("recipes").stdout
+def test_recipes_lists_every_name_whole_however_narrow_the_window(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    listed = adalora("recipes").stdout
+    assert [entry.name for entry in catalogue() if f" {entry.name} " not in listed] == []
 
 
 def test_predict_without_a_run_says_how_to_train(tmp_path):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch.utils.data import Dataset
+from test_resume_trainer import Tokens
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 import adalora
@@ -15,19 +15,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 MAX_STEPS = 24
 SAVE_STEPS = 8
-
-
-class Tokens(Dataset):
-    """Random sentences, labelled by their first token."""
-
-    def __init__(self, size):
-        self.inputs = torch.randint(0, 100, (size, 10), generator=torch.Generator().manual_seed(0))
-
-    def __len__(self):
-        return len(self.inputs)
-
-    def __getitem__(self, i):
-        return {"input_ids": self.inputs[i], "labels": int(self.inputs[i, 0] > 50)}
 
 
 class Watch(TrainerCallback):

@@ -62,7 +62,7 @@ def test_launchers_that_cut_a_recipes_model(variable, message, monkeypatch):
 
 
 def test_an_accelerator():
-    model = lora()
+    model = lora()  # the controller does not keep it alive
     controller = adalora.attach(model, target_rank=2, total_steps=10)
     engine = types.SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
     with pytest.raises(ConfigError, match=REFUSED):

@@ -266,7 +266,11 @@ def test_accumulated_gradients():
             assert a.grad.is_contiguous()
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning",
+    "ignore::DeprecationWarning",
+    "ignore:.torch.jit.trace:FutureWarning",  # from torch 2.14 on
+)
 def test_can_be_traced():
     _, fused = pair(net=Net(inplace=False))
     x = torch.randn(4, 5, 6, dtype=torch.float64)

@@ -36,8 +36,21 @@ def test_the_passage_of_a_query_is_found(tiny_model, tmp_path, pooling):
     assert after["recall_at_1"] <= after["mrr"] <= after["recall_at_10"] <= 1
 
 
+def test_batches_of_different_lengths_are_measured_together(tiny_model, tmp_path):
+    rows = [{"text": " ".join(WORDS[: n % 7 + 1]), "text_pair": " ".join(WORDS[: n % 10 + 1])} for n in range(40)]
+    recipe = make_recipe(
+        tmp_path,
+        tiny_model,
+        task="embedding",
+        data={"files": write_rows(tmp_path / "rows.jsonl", rows), "test_fraction": 0.5},
+        training={"max_steps": 4, "batch_size": 4, "eval_batch_size": 2},
+    )
+    assert 0 < run(recipe).metrics["mrr"] <= 1
+
+
 def labels():
-    return torch.tensor([[[5, 6, -100], [7, 8, 9]], [[5, 5, -100], [7, 8, 9]], [[4, 4, 4], [7, 7, -100]]])
+    texts = [[[5, 6, -100], [7, 8, 9]], [[5, 5, -100], [7, 8, 9]], [[4, 4, 4], [7, 7, -100]]]
+    return torch.tensor(texts).transpose(1, 2)  # pairs, tokens, sides
 
 
 def test_padding_is_no_part_of_a_vector():

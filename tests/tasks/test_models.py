@@ -16,6 +16,7 @@ from adalora.tasks.data import load_splits
 from adalora.tasks.recipe import ModelPart
 from adalora.tasks.sequence import SequenceTask
 
+from .small import deberta_v3
 from .tiny import make_recipe
 
 SIZES = {"vocab_size": 15, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -113,3 +114,20 @@ def test_a_head_of_another_size_is_new_and_other_sizes_are_an_error(tiny_model, 
     torch.testing.assert_close(model.bert.state_dict(), trained.bert.state_dict())
     with pytest.raises(RecipeError, match=r"model\.config: bert\..* is .* leave out"):
         loaded(intermediate_size=32)
+
+
+def test_a_field_that_only_the_models_code_knows_is_set_and_a_typing_error_is_named(tmp_path):
+    """DeBERTa reads `cls_dropout`, which its config class does not declare."""
+    deberta_v3(tmp_path / "base")
+    task_fields = {"name": "classification", "labels": ["a", "b"]}
+    recipe = make_recipe(tmp_path, tmp_path / "base", task=task_fields, data={"files": "rows.csv"})
+    task = base.make_task(recipe, None)
+    processor = models.build_processor(recipe, task)
+
+    def loaded(**fields):
+        return models.load_checkpoint(ModelPart(name=recipe.model.name, config=fields), task, processor)[0]
+
+    assert loaded(cls_dropout=0.25).dropout.p == 0.25
+    assert loaded(hidden_dropout_prob=0.5).deberta.embeddings.dropout.p == 0.5
+    with pytest.raises(RecipeError, match=r"model\.config\.hidden_dropuot_prob.*hidden_dropout_prob"):
+        loaded(hidden_dropuot_prob=0.5)

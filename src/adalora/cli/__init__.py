@@ -1,4 +1,4 @@
-"""The command line: `adalora …`. One module per group of commands."""
+"""The command line: `adalora …`. One module per group of commands, each thin: the work is done elsewhere."""
 
 from __future__ import annotations
 

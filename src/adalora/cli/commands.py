@@ -11,7 +11,7 @@ import importlib.util
 import typer
 
 # Each has a function `register(app: typer.Typer) -> None`.
-MODULES = ("train", "export", "report", "curve", "compare")
+MODULES = ("train", "export", "compress", "report", "curve", "compare")
 
 
 def register(app: typer.Typer) -> None:

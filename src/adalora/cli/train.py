@@ -60,11 +60,16 @@ def demo(
 def recipes() -> None:
     """List the recipes that come with the package."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from adalora.tasks.recipe_files import catalogue
 
-    table = Table("name", "task", "model", "description")
+    table = Table(
+        Column("name", no_wrap=True),  # to be copied
+        Column("task", overflow="fold"),
+        Column("model", overflow="fold"),
+        "description",
+    )
     for entry in catalogue():
         table.add_row(*entry)
     Console().print(table)

@@ -1,4 +1,4 @@
-"""`AdaLoraConfig`: every setting of the method, validated and immutable."""
+"""`AdaLoraConfig`: every setting of the method, validated and immutable; its rules and presets. Without torch."""
 
 from adalora.config.presets import initial_rank, paper_initial_rank
 from adalora.config.rules import BUDGET_FIELDS

@@ -1,4 +1,4 @@
-"""Adapters in and out of every stack: export, import, verify, inspect, compress."""
+"""Adapters as files, in and out of every stack: export, import, verify, inspect, compress. No training."""
 
 from adalora.export.adapter import Adapter, Factor
 from adalora.export.cleanup import clean, truncate

@@ -1,1 +1,1 @@
-"""Where training happens: the Hugging Face Trainer and what is built on it."""
+"""Where training happens: one module for each trainer, launcher or logger that calls the controller."""

@@ -28,6 +28,7 @@ REGISTRY = {
     "image-classification": "image_classification:ImageClassificationTask",
     "speech-to-text": "speech:SpeechTask",
 }
+SHOWN = 10  # labels in a message
 _TIMING = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
@@ -123,11 +124,23 @@ def map_rows(table: Any, function: Callable[[dict[str, list[Any]]], dict[str, An
     return table.map(function, batched=True, remove_columns=columns_of(table))
 
 
-def find_labels(recipe: Recipe, splits: Splits, *, role: str) -> list[str]:
+def _as_list(cell: Any) -> list[Any]:
+    return cell if isinstance(cell, list) else [cell]
+
+
+def find_labels(
+    recipe: Recipe, splits: Splits, *, role: str, parts: Callable[[Any], list[Any]] = _as_list
+) -> list[str]:
     """Label names in the order of the model's outputs: the recipe's, the data set's, or all that occur.
 
+    Args:
+        recipe: May list them.
+        splits: The rows.
+        role: Column with the labels.
+        parts: Labels in one cell.
+
     Raises:
-        DataError: Rows are streamed, so that nobody can know.
+        DataError: Rows are streamed, so that nobody can know; or held-out rows have a label that training has not.
     """
     if (given := getattr(recipe.task, "labels", None)) is not None:
         return list(given)
@@ -137,9 +150,15 @@ def find_labels(recipe: Recipe, splits: Splits, *, role: str) -> list[str]:
         return list(names)
     if recipe.data.streaming:
         raise DataError("task.labels: streaming rows do not tell their labels; list them in the recipe")
-    values = splits.train[role]
-    flat = (label for value in values for label in (value if isinstance(value, list) else [value]))
-    return sorted({str(label) for label in flat})
+    train, *held_out = [
+        {label for cell in rows[role] for label in parts(cell)}
+        for rows in (splits.train, splits.validation, splits.test)
+        if rows is not None
+    ]
+    labels = sorted({str(label) for label in train})
+    for label in sorted(set().union(*held_out), key=str):  # now, not when training is over
+        label_number(label, labels)
+    return labels
 
 
 def label_head(labels: list[str], **fields: Any) -> dict[str, Any]:
@@ -163,4 +182,8 @@ def label_number(value: Any, labels: list[str]) -> int:
         return labels.index(text)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
         return value
-    raise DataError(f"label {value!r} is not among the labels of training: {', '.join(labels)}")
+    shown = ", ".join(labels[:SHOWN]) + (", …" if len(labels) > SHOWN else "")
+    raise DataError(
+        f"label {value!r} is not among the {len(labels)} labels of training ({shown}): list all in task.labels, take "
+        "more rows (data.limit.train), or mend the row"
+    )

@@ -23,7 +23,7 @@ from adalora.report.curves import plot_curve
 from adalora.report.history import History
 from adalora.tasks.base import Task, make_task
 from adalora.tasks.data import Splits, load_splits
-from adalora.tasks.models import loading_arguments
+from adalora.tasks.models import load_checkpoint
 from adalora.tasks.outputs import ADAPTER, HISTORY, PRUNED, RECIPE, write_text
 from adalora.tasks.recipe import DataPart, Recipe
 from adalora.tasks.recipe_files import load_recipe
@@ -220,9 +220,7 @@ def _order(run: Path, adapter: Adapter, order: str | None, *, trainer: Any) -> t
 
 def _trainer(recipe: Recipe, task: Task, adapter: Adapter, *, processor: Any, splits: Splits, work: str) -> Any:
     """A Trainer that holds the base model with the run's trained head, and no LoRA."""
-    part = recipe.model
-    settings = {**task.head(processor), **part.config, **loading_arguments(part)}
-    model = with_extras(task.auto_class.from_pretrained(part.resolve(), **settings), adapter)
+    model = with_extras(load_checkpoint(recipe.model, task, processor)[0], adapter)
     training = recipe.training.model_copy(update={"evaluate_every": None, "keep_best": False})
     quiet = recipe.model_copy(update={"output": work, "training": training})
     quiet.__dict__.pop("folder", None)  # it is cached by the recipe that was copied

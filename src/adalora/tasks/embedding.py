@@ -56,7 +56,7 @@ class EmbeddingTask(Task):
         return map_rows(table, encode)
 
     def collator(self, processor: Any) -> Any:
-        """Query, passage, query, passage …, padded to the longest; labels are [pairs, 2, tokens]."""
+        """Query, passage, query, passage …, padded to the longest; labels are [pairs, tokens, 2]."""
         return partial(collate, processor=processor)
 
     def arguments(self) -> dict[str, Any]:
@@ -77,11 +77,11 @@ class EmbeddingTask(Task):
 
 
 def collate(rows: list[dict[str, Any]], *, processor: Any) -> dict[str, Tensor]:
-    """A batch of pairs."""
+    """A batch of pairs. Tokens are the labels' second axis, the one that the Trainer pads to put batches together."""
     texts = [{"input_ids": row[side]} for row in rows for side in ("query", "passage")]
     batch = dict(processor.pad(texts, return_tensors="pt"))
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
-    return {**batch, "labels": labels.view(len(rows), 2, -1)}
+    return {**batch, "labels": labels.view(len(rows), 2, -1).transpose(1, 2).contiguous()}
 
 
 def _states(outputs: Any) -> Tensor:
@@ -94,16 +94,16 @@ def embed(states: Tensor, labels: Tensor, *, pooling: str) -> Tensor:
 
     Args:
         states: Of every token, [2 · pairs, tokens, width].
-        labels: Token ids with -100 where there is padding, [pairs, 2, tokens].
+        labels: Token ids with -100 where there is padding, [pairs, tokens, 2].
         pooling: "mean" of a text's tokens, or "cls", its first one.
 
     Returns:
         [pairs, 2, width].
     """
-    present = (labels != IGNORED).flatten(0, 1).unsqueeze(-1)
+    present = (labels != IGNORED).transpose(1, 2).flatten(0, 1).unsqueeze(-1)
     states = states.float()
     vectors = states[:, 0] if pooling == "cls" else (states * present).sum(dim=1) / present.sum(dim=1)
-    return F.normalize(vectors, dim=-1).view(*labels.shape[:2], -1)
+    return F.normalize(vectors, dim=-1).view(len(labels), 2, -1)
 
 
 def contrastive_loss(
@@ -113,14 +113,14 @@ def contrastive_loss(
 
     Args:
         outputs: Of the encoder.
-        labels: [pairs, 2, tokens].
+        labels: [pairs, tokens, 2].
         num_items_in_batch: Labels of all micro-batches and processes of a step, of which this is a part.
         pooling: As in `embed`.
         temperature: Divides the cosines.
     """
     vectors = embed(outputs["last_hidden_state"], labels, pooling=pooling)
     scores = vectors[:, 0] @ vectors[:, 1].T / temperature
-    passages = labels[:, 1]
+    passages = labels[..., 1]
     same = (passages[:, None] == passages[None]).all(dim=-1)
     same.fill_diagonal_(False)
     own = torch.arange(len(labels), device=scores.device)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
+import sys
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoConfig
 
 from adalora.errors import RecipeError
 from adalora.tasks.base import Task
+from adalora.tasks.problems import suggest
 from adalora.tasks.recipe import ModelPart, Recipe
 
 # Heads that PEFT adds to modules_to_save by itself, by its task type.
@@ -43,9 +47,7 @@ def build_model(recipe: Recipe, task: Task, processor: Any) -> Any:
 def load_base(recipe: Recipe, task: Task, processor: Any) -> tuple[Any, list[str]]:
     """Base model with the task's head, ready for an adapter, and the modules that its checkpoint does not have."""
     part = recipe.model
-    model, report = task.auto_class.from_pretrained(
-        part.resolve(), output_loading_info=True, **{**task.head(processor), **part.config}, **loading_arguments(part)
-    )
+    model, report = load_checkpoint(part, task, processor)
     if part.gguf_file:
         _forget_gguf(model)
     fresh = fresh_modules(model, {*report["missing_keys"], *_other_heads(model, report["mismatched_keys"])})
@@ -58,6 +60,27 @@ def load_base(recipe: Recipe, task: Task, processor: Any) -> tuple[Any, list[str
     if recipe.training.gradient_checkpointing:
         model.config.use_cache = False
     return model, fresh
+
+
+def load_checkpoint(part: ModelPart, task: Task, processor: Any) -> tuple[Any, dict[str, Any]]:
+    """Base model with the task's head, and transformers' report of what the checkpoint lacked.
+
+    Raises:
+        RecipeError: The model does not read a field of `model.config`.
+    """
+    loading, source = loading_arguments(part), part.resolve()
+    where = {key: loading[key] for key in ("revision", "gguf_file") if key in loading}
+    config = AutoConfig.from_pretrained(source, **where, **task.head(processor))
+    undeclared = [name for name in part.config if not hasattr(config, name)]
+    for name, value in part.config.items():  # as a keyword of the model, a field that its config lacks is an error
+        setattr(config, name, value)
+    model, report = task.auto_class.from_pretrained(source, config=config, output_loading_info=True, **loading)
+    code = inspect.getsource(sys.modules[type(model).__module__])
+    for name in undeclared:
+        if not re.search(rf"\b{re.escape(name)}\b", code):
+            fields = set(config.to_dict()) - {name}
+            raise RecipeError(f"model.config.{name}: {suggest(name, fields, f'fields of {type(config).__name__}')}")
+    return model, report
 
 
 def lora_config(recipe: Recipe, task: Task, model: Any, fresh: list[str]) -> LoraConfig:

@@ -33,7 +33,7 @@ class SequenceTask(Task):
         self.labels: list[str] = []
         self.main_metric = "pearson"
         if isinstance(self.options, MultiLabel):
-            self.labels = self._find_multi_labels(splits)
+            self.labels = find_labels(recipe, splits, role="labels", parts=self._split_labels)
             self.main_metric = "micro_f1"
         elif not isinstance(self.options, Regression):
             self.labels = find_labels(recipe, splits, role="label")
@@ -87,12 +87,6 @@ class SequenceTask(Task):
         assert isinstance(self.options, MultiLabel)
         parts = value.split(self.options.separator) if isinstance(value, str) else list(value or [])
         return [str(part).strip() for part in parts if str(part).strip()]
-
-    def _find_multi_labels(self, splits: Splits) -> list[str]:
-        names = find_labels(self.recipe, splits, role="labels")
-        if self.recipe.task.labels is not None or not isinstance(next(iter(splits.train))["labels"], str):  # type: ignore[union-attr]
-            return names
-        return sorted({label for name in names for label in self._split_labels(name)})
 
     def _target(self, value: Any) -> Any:
         if isinstance(self.options, Regression):
