@@ -7,7 +7,6 @@ import torch
 
 from adalora.errors import AdapterFileError
 from adalora.tasks.prediction import load_saved
-
 from adalora.tasks.recipe_files import catalogue
 
 
