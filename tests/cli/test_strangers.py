@@ -10,7 +10,7 @@ import typer
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from adalora.cli import export as commands
+from adalora.cli import commands
 from adalora.errors import AdapterFileError
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj"

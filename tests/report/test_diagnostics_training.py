@@ -96,7 +96,12 @@ PROVOKED = {
     },
     "budget-too-low": {"ranks": (6,) * LAYERS, "size": 2.0, "target_rank": 0.5},
     "ranks-unbalanced": {"ranks": (0, 0, 0, 0, 0, 6, 0, 0), "size": 2.0, "target_rank": 0.75},
-    "orthogonality-not-reached": {"orthogonality": "off", "handover": False, "ranks": (1,) * LAYERS},
+    "orthogonality-not-reached": {
+        "orthogonality": "off",
+        "handover": False,
+        "ranks": (1,) * LAYERS,
+        "learning_rate": 2e-2,
+    },
     "slow-start": {"learning_rate": 1e-7},
     "final-phase-too-short": {"final": 0.04},
     "no-gradient": {"unused": True},

@@ -112,7 +112,9 @@ def turn_state(optimizer: Optimizer, parameter: nn.Parameter, dim: int, *, gradi
         matrix = matrix.view(-1, *matrix.shape[-2:])
         if key in SECOND_MOMENTS or any(key in pair for pair in FACTORED):
             matrix = matrix.square()
-        moved = vectors_by_group(tensor.float(), dim, len(matrix))
+        # torchao's packed moments cannot be viewed; their numbers can, and copying packs them again.
+        numbers = tensor if type(tensor) is Tensor else tensor.dequantize()
+        moved = vectors_by_group(numbers.float(), dim, len(matrix))
         turned = (matrix @ moved.flatten(2)).view(moved.shape).movedim(1, dim + 1).flatten(0, 1)
         return turned.to(tensor.dtype).contiguous()
 
