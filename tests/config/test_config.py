@@ -120,7 +120,10 @@ REFUSED = [
     ({"compact_at": (0.5, 1.5)}, "above 0 and at most 1, e.g. (0.5, 0.75)"),
     ({"nested": "often"}, "nested='often': Input should be a valid boolean"),
     ({"seed": True}, "seed=True: is true or false where a number or a name is wanted"),
+    ({"pace": "slow"}, "pace='slow': Input should be 'steady' or 'fixed'"),
     # Without effect
+    ({"pace": "steady", "scale": "matched"}, "pace has no effect with scale='matched' (it is that of the initial"),
+    ({"pace": "steady", "parametrization": "svd"}, 'pace has no effect with parametrization="svd" (λ has a pace of'),
     *[
         ({"importance": "magnitude", name: value}, f'{name} has no effect with importance="magnitude" (no gradient')
         for name, value in [
@@ -171,6 +174,7 @@ REFUSED = [
             ("handover", False),
             ("nested", True),
             ("compact", False),
+            ("pace", "steady"),
             ("compact_at", (0.5,)),
             ("score_weights", "before"),
             ("sensitivity_beta", 0.5),

@@ -83,6 +83,8 @@ def _fill_in(config: AdaLoraConfig) -> None:
             object.__setattr__(config, "handover", False)
         if "scale" not in given:
             object.__setattr__(config, "scale", "target")
+    if "pace" not in given and any(name == "pace" for name, _ in _without_effect(config)):
+        object.__setattr__(config, "pace", "fixed")
     if config.schedule == "constant":  # one phase: nothing ends a warm-up, nothing begins a final phase
         for name, value in (("warmup", 0), ("final", 0), ("handover", False)):
             if name not in given:
@@ -125,13 +127,17 @@ def _without_effect(config: AdaLoraConfig) -> list[tuple[str, str]]:
     if config.orthogonality == "off" and config.orthogonality_weight:
         found.append(("orthogonality_weight", 'orthogonality="off"'))
     if config.schedule == "constant":
-        found += [(name, constant) for name in (*OF_ALLOCATION, *OF_GRADIENT_SCORES)]
+        found += [(name, constant) for name in ("pace", *OF_ALLOCATION, *OF_GRADIENT_SCORES)]
     elif not config.needs_gradients:
         found += [(name, f'importance="{config.importance}" (no gradient in it)') for name in OF_GRADIENT_SCORES]
     elif config.importance in ("sensitivity", "lambda_sensitivity"):
         found.append(("uncertainty_beta", f'importance="{config.importance}" (no uncertainty in it)'))
     if not config.orthogonality_weight:
         found.append(("score_gradient", f"orthogonality_weight={config.orthogonality_weight:g}"))
+    if config.parametrization == "svd":
+        found.append(("pace", 'parametrization="svd" (λ has a pace of its own)'))
+    elif config.scale != "initial":
+        found.append(("pace", f"scale={config.scale!r} (it is that of the initial scale)"))
     if config.handover and config.warmup == 0:
         found.append(("handover", "warmup=0 (it is at the end of it)"))
     if config.nested and config.final == 0:

@@ -23,6 +23,7 @@ from adalora.lora.nested import NestedTruncation, refuse_unfit
 from adalora.lora.observation import Observation
 from adalora.lora.optimizers import Optimizers, overflowed
 from adalora.lora.orthogonal import hand_over
+from adalora.lora.pace import Pace
 from adalora.lora.parametrization import prepare
 from adalora.lora.pruned import PrunedTriplets
 from adalora.lora.reorthonormal import reorthonormalize
@@ -90,6 +91,7 @@ class RankController(FinalPhase, HistoryPlots):
             self.set_total_steps(total_steps)
         # Everything is checked: only now is the model touched.
         prepare(model, self.handles, config, shrink=self.initial_budget / self.target_budget)
+        self._pace = Pace(self.handles) if config.pace == "steady" else None
 
     @property
     def model(self) -> nn.Module:
@@ -160,6 +162,8 @@ class RankController(FinalPhase, HistoryPlots):
         """An optimizer step is about to be made, its gradients are there: add the coupled orthogonality term."""
         if self.finished or self._model() is None:
             return
+        if self._pace is not None:
+            self._pace.before(optimizer)
         observe = self._observes and not self._optimizers.partner(optimizer)
         if self._observation.acts_before(observe=observe) and not overflowed(optimizer):
             with self._shards.whole():
@@ -170,6 +174,8 @@ class RankController(FinalPhase, HistoryPlots):
         """One optimizer step has been made: score, regularise, and where it is time re-allocate."""
         if self.finished or self._model() is None:
             return
+        if self._pace is not None:
+            self._pace.after()
         if overflowed(optimizer):  # no weight has moved: it is no step of the run
             self._scorer.skip()
             return
