@@ -93,8 +93,8 @@ class AdaLoraConfig(BaseModel):
             `lora_alpha` stays one; with `"svd"` whatever makes Adam's first step as long as LoRA's. `"target"`: α/r,
             each triplet moves like one of a LoRA of that rank (default with `"svd"`). `"released"`: α/(r₀ + 1e-5). Or
             a number. An adapter that is trained keeps its scale, and takes no other.
-        pace: `"steady"` (default with `"lora"` and the initial scale): as the budget shrinks, the optimizer's steps of P
-            become longer, up to r₀/r times, so that what is left trains as a LoRA of its rank with s = α/r does.
+        pace: `"steady"` (default with `"lora"` and the initial scale): as the budget shrinks, the optimizer's steps of
+            P become longer, up to r₀/r times, so that what is left trains as a LoRA of its rank with s = α/r does.
             `"fixed"`: a step changes a layer's output less as the budget shrinks.
         orthogonality: `"decoupled"`: R(P, Q) of Eq. 4 acts once per optimizer step, apart from the loss, like
             decoupled weight decay; `"squared"`: γ·R is part of the objective, as in Eq. 4; `"released"`: γ times the

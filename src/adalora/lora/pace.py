@@ -18,9 +18,9 @@ class Pace:
 
     Adam moves every entry of P by the learning rate, so a layer's output moves by lr·s·Σ|Q_i·x| a step: with s = α/r,
     as LoRA has it, alike at every rank. Triplets that go take their part of it with them: at s = α/r₀ what is left
-    would train r₀/r times slower than a LoRA of rank r. A scale of α/r with P shorter by r/r₀ is that LoRA: there a step
-    of the same length moves ΔW r₀/r times as far by P, and as far by Q. So is a step of P that is r₀/r times as long,
-    and nothing but weights changes: what is saved, captured or compiled at any time stays right.
+    would train r₀/r times slower than a LoRA of rank r. That LoRA has the scale α/r and a P that is r₀/r times shorter:
+    a step of the same length moves its ΔW r₀/r times as far by P, and as far by Q. Steps of P that are r₀/r times as
+    long do the same, and change nothing but weights: what is saved, captured or compiled at any time stays right.
     """
 
     def __init__(self, handles: Sequence[TripletHandle]) -> None:
