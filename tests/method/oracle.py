@@ -106,6 +106,7 @@ class Oracle:
         self.prices, self.targets, self.groups = prices, targets, groups
         self.floors, self.caps = floors, caps
         self.step = 0
+        self.triplets = sum(m.rank for m in modules)
         self.full = [
             sum(m.rank * price for m, price, g in zip(modules, prices, groups) if g == group)
             for group in range(len(targets))
@@ -164,6 +165,16 @@ class Oracle:
                 mine = [a + b for a, b in zip(mine, extra)] + mine[2:]
             result.append(mine)
         return result
+
+    def lengthened(self, before, after):
+        """The weights after a step that moves P as many times as far as there were triplets for each one left."""
+        left = sum(sum(m.live) for m in self.modules)
+        if self.config.pace == "fixed" or not left:
+            return after
+        ratio = self.triplets / left
+        if self.modules[0].layer.use_rslora.get(self.modules[0].adapter):
+            ratio = math.sqrt(ratio)
+        return [[old[0] + ratio * (new[0] - old[0]), *new[1:]] if new else new for old, new in zip(before, after)]
 
     def observe(self, before, after, task, total):
         """Take one step's weights and gradients into the averages; a step that is not finite is left out."""

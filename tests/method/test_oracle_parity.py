@@ -336,6 +336,7 @@ class Run:
         for hook in hooks:
             hook.remove()
         self.compare_gradients(got["gradients"], total)
+        got["weights"] = oracle.lengthened(before, got["weights"])
         oracle.observe(before, got["weights"], task, total)
         weights = oracle.regularised(got["weights"], lr=self.lr)
         self.decide(step, weights, new=self.decisions[decided:])
@@ -378,7 +379,8 @@ class Run:
     def compare_scores(self, fast, expected):
         wanted = torch.tensor(expected, dtype=torch.float64)
         slack = 2e-5 * float(wanted.max()) if len(expected) else 0.0
-        torch.testing.assert_close(torch.tensor(fast, dtype=torch.float64), wanted, rtol=2e-3, atol=slack)
+        close = 5e-3 if self.mode.dtype is torch.bfloat16 else 2e-3  # one more rounding: of P's longer step
+        torch.testing.assert_close(torch.tensor(fast, dtype=torch.float64), wanted, rtol=close, atol=slack)
         self.compared += 1
 
     def compare_weights(self, step, weights):
