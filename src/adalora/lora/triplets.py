@@ -57,6 +57,8 @@ class TripletHandle:
     _counted: tuple[Tensor | None, int, int] = field(default=(None, 0, 0), repr=False)
 
     def __post_init__(self) -> None:
+        # Embedding layers keep their factors transposed and as bare parameters.
+        self.is_embedding: bool = self.adapter in self.layer.lora_embedding_A
         self.groups = 1 if self.is_embedding else getattr(self.layer.lora_B[self.adapter], "groups", 1)
         self.mask = torch.ones(self.rank, dtype=torch.bool)
         self.d_out, self.d_in = self.P_or.shape[0], self.Q_gri.shape[2]
@@ -67,14 +69,17 @@ class TripletHandle:
         self.row_norm = float(self.Q_gri.float().square().sum(dim=2).mean().sqrt())
 
     @property
-    def is_embedding(self) -> bool:
-        """Embedding layers keep their factors transposed and as bare parameters."""
-        return self.adapter in self.layer.lora_embedding_A or "lora_embedding_A" in self.parked
-
-    @property
     def removed(self) -> bool:
         """The adapter was taken off this layer: its last triplet has been pruned and compacted."""
-        return self.adapter not in self.layer.lora_A and self.adapter not in self.layer.lora_embedding_A
+        if self.is_embedding:
+            return self.adapter not in self.layer.lora_embedding_A
+        return self.adapter not in self.layer._modules["lora_A"]._modules
+
+    def _weight(self, home: str) -> nn.Parameter:
+        """The weight of the layer's module of that kind; every step asks, so past nn.Module's slow look-up."""
+        module = self.layer._modules[home]._modules[self.adapter]
+        found = module._parameters.get("weight")
+        return cast(nn.Parameter, module.weight if found is None else found)
 
     @property
     def P_parameter(self) -> nn.Parameter:
@@ -83,7 +88,7 @@ class TripletHandle:
             return self.whole["P"]
         if self.is_embedding:
             return cast(nn.Parameter, self.layer.lora_embedding_A[self.adapter])
-        return cast(nn.Parameter, self.layer.lora_B[self.adapter].weight)
+        return self._weight("lora_B")
 
     @property
     def Q_parameter(self) -> nn.Parameter:
@@ -92,14 +97,14 @@ class TripletHandle:
             return self.whole["Q"]
         if self.is_embedding:
             return cast(nn.Parameter, self.layer.lora_embedding_B[self.adapter])
-        return cast(nn.Parameter, self.layer.lora_A[self.adapter].weight)
+        return self._weight("lora_A")
 
     @property
     def lambda_parameter(self) -> nn.Parameter | None:
         """The parameter behind λ, [groups · r]; None where P carries it."""
         if self.whole:
             return self.whole.get("lambda")
-        weights = getattr(self.layer, "lora_lambda", None)
+        weights = self.layer._modules.get("lora_lambda")
         return cast(nn.Parameter, weights[self.adapter]) if weights is not None and self.adapter in weights else None
 
     @property
@@ -114,7 +119,10 @@ class TripletHandle:
     @property
     def sharded(self) -> dict[str, nn.Parameter]:
         """The parameters that are spread over processes, by factor."""
-        return {name: p for name, (p, _) in self.factors.items() if isinstance(p, DTensor)}
+        if self.whole or self.removed:
+            return {n: p for n, (p, _) in self.factors.items() if isinstance(p, DTensor)}
+        found = {"P": self.P_parameter, "Q": self.Q_parameter, "lambda": self.lambda_parameter}
+        return {name: p for name, p in found.items() if isinstance(p, DTensor)}
 
     @property
     def Q_keys(self) -> tuple[str, str]:
@@ -138,11 +146,16 @@ class TripletHandle:
 
     def as_P(self, tensor: Tensor) -> Tensor:
         """View a tensor shaped like `P_parameter` (it, its gradient, a moment) as [d_out, r]."""
-        return tensor.T if self.is_embedding else tensor.flatten(1)
+        if self.is_embedding:
+            return tensor.T
+        return tensor if tensor.dim() == 2 else tensor.flatten(1)
 
     def as_Q(self, tensor: Tensor) -> Tensor:
         """A tensor shaped like `Q_parameter` as [r, groups · d_in]: a view, but for several groups a copy."""
-        return tensor.T if self.is_embedding else self.by_group(tensor.flatten(1)).transpose(0, 1).flatten(1)
+        if self.is_embedding:
+            return tensor.T
+        flat = tensor if tensor.dim() == 2 else tensor.flatten(1)
+        return flat if self.groups == 1 else self.by_group(flat).transpose(0, 1).flatten(1)
 
     def by_group(self, tensor: Tensor) -> Tensor:
         """View something whose rows lie group after group as [groups, …]."""
