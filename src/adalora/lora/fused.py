@@ -76,14 +76,13 @@ class _FusedLora(torch.autograd.Function):
         dropout: float,
         in_place: bool,
     ) -> Tensor:
-        rows_ni, mask_ni = x.reshape(-1, x.shape[-1]), None
-        ctx.mask_scale = 1.0
+        rows_ni, mask_ni, mask_scale = x.reshape(-1, x.shape[-1]), None, 1.0
         if dropout > 0:
-            rows_ni, mask_ni, forward_scale, ctx.mask_scale = _drop(rows_ni, dropout)
+            rows_ni, mask_ni, forward_scale, mask_scale = _drop(rows_ni, dropout)
             scale *= forward_scale
         h_rn = torch.mm(Q_ri, rows_ni.T)
         ctx.save_for_backward(x, mask_ni, h_rn, Q_ri, P_or, lambda_r, weight_oi)
-        ctx.scale, ctx.base_dtype = scale, base.dtype
+        ctx.settings = scale, mask_scale, base.dtype
         if lambda_r is not None:
             h_rn = h_rn * lambda_r.unsqueeze(1)
         if base.dtype != x.dtype:
@@ -120,16 +119,17 @@ def under_autocast(tensor: Tensor) -> bool:
 def _gradients(ctx: Any, grad: Tensor) -> Gradients:
     """Of x, base, Q, P and λ. Factors ride on products as `alpha`; with beta=0 `addmm` never reads its first input."""
     x, mask, h_rn, Q_ri, P_or, lambda_r, weight_oi = ctx.saved_tensors
+    scale, mask_scale, base_dtype = ctx.settings
     for_x, for_base, for_Q, for_P, for_lambda = ctx.needs_input_grad[:5]
     grad_no, P_ro = grad.reshape(-1, grad.shape[-1]), P_or.T
     grad_x = grad_Q = grad_P = grad_lambda = None
     if for_P or for_lambda:
-        grad_P = torch.addmm(P_ro, h_rn, grad_no, beta=0, alpha=ctx.scale).T
+        grad_P = torch.addmm(P_ro, h_rn, grad_no, beta=0, alpha=scale).T
     if lambda_r is not None and grad_P is not None:
         grad_lambda = (grad_P * P_or).sum(dim=0) if for_lambda else None
         grad_P = grad_P.mul_(lambda_r) if for_P else None
     if for_Q or for_x:
-        grad_rn = torch.addmm(h_rn, P_ro, grad_no.T, beta=0, alpha=ctx.scale * ctx.mask_scale)
+        grad_rn = torch.addmm(h_rn, P_ro, grad_no.T, beta=0, alpha=scale * mask_scale)
         if lambda_r is not None:
             grad_rn.mul_(lambda_r.unsqueeze(1))
     if for_Q:
@@ -144,25 +144,26 @@ def _gradients(ctx: Any, grad: Tensor) -> Gradients:
         else:
             grad_x = torch.mm(grad_no, weight_oi).addcmul_(torch.mm(grad_rn.T, Q_ri), mask)
         grad_x = grad_x.view(x.shape)
-    grad_base = grad.to(ctx.base_dtype) if for_base else None
+    grad_base = grad.to(base_dtype) if for_base else None
     return grad_x, grad_base, grad_Q, grad_P, grad_lambda, None, None, None, None
 
 
 def _gradients_in_graph(ctx: Any, grad: Tensor) -> Gradients:
     """The same for `create_graph=True`: in differentiable operations, from the inputs alone."""
     x, mask_ni, _, Q_ri, P_or, lambda_r, weight_oi = ctx.saved_tensors
+    scale, mask_scale, base_dtype = ctx.settings
     grad_no = grad.reshape(-1, grad.shape[-1])
     rows_ni = x.reshape(-1, x.shape[-1])
-    mask = None if mask_ni is None else mask_ni.to(x.dtype) * ctx.mask_scale
+    mask = None if mask_ni is None else mask_ni.to(x.dtype) * mask_scale
     rows_ni = rows_ni if mask is None else rows_ni * mask
-    grad_left = ctx.scale * (Q_ri.mm(rows_ni.t()).mm(grad_no)).t()  # of P·diag(λ)
+    grad_left = scale * (Q_ri.mm(rows_ni.t()).mm(grad_no)).t()  # of P·diag(λ)
     left_or = P_or if lambda_r is None else P_or * lambda_r
     grad_P = grad_left if lambda_r is None else grad_left * lambda_r
     grad_lambda = (grad_left * P_or).sum(dim=0)
-    grad_rn = ctx.scale * left_or.t().mm(grad_no.t())
+    grad_rn = scale * left_or.t().mm(grad_no.t())
     grad_x = grad_rn.t().mm(Q_ri)
     grad_x = grad_x if mask is None else grad_x * mask
     if weight_oi is not None:
         grad_x = grad_x + grad_no.mm(weight_oi)
-    wanted = (grad_x.view(x.shape), grad.to(ctx.base_dtype), grad_rn.mm(rows_ni), grad_P, grad_lambda)
+    wanted = (grad_x.view(x.shape), grad.to(base_dtype), grad_rn.mm(rows_ni), grad_P, grad_lambda)
     return (*(g if needed else None for g, needed in zip(wanted, ctx.needs_input_grad)), None, None, None, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,10 +39,14 @@ def _by_length(handles: Sequence[TripletHandle], *, left: bool) -> list[list[tup
     """
     found: dict[tuple[int, torch.device, torch.dtype], list[tuple[TripletHandle, Tensor]]] = defaultdict(list)
     for h in handles:
-        if h.rank > 1:
-            # Every step comes here: a layer in one group gets by with fewer views.
-            for factor in [h.P_or if left else h.Q_ri] if h.groups == 1 else (h.P_gor if left else h.Q_gri).unbind():
-                found[factor.shape[0 if left else 1], factor.device, factor.dtype].append((h, factor))
+        if h.removed:
+            continue
+        # Every step comes here: a layer in one group gets by with fewer views.
+        for factor in [h.P_or if left else h.Q_ri] if h.groups == 1 else (h.P_gor if left else h.Q_gri).unbind():
+            rows, columns = factor.shape
+            length, rank = (rows, columns) if left else (columns, rows)
+            if rank > 1:
+                found[length, factor.device, factor.dtype].append((h, factor))
     return list(found.values())
 
 
@@ -58,7 +63,10 @@ def _stack(factors: list[Tensor]) -> Tensor:
 
 def _parts(stack: Tensor, factors: list[Tensor]) -> list[Tensor]:
     """Views of a stack, each of its factor's own shape."""
-    return [row[: f.shape[0], : f.shape[1]] for row, f in zip(stack.unbind(), factors)]
+    full = stack.shape[1:]
+    return [
+        row if f.shape == full else row[: f.shape[0], : f.shape[1]] for row, f in zip(stack.unbind(), factors)
+    ]
 
 
 def _step_left(factors: list[Tensor], *, size: float | Tensor) -> None:
@@ -75,9 +83,15 @@ def _step_right(factors: list[Tensor], squared_norms: list[float], *, size: floa
     """Q -= size · (QQᵀ/ρ² - I) Q."""
     Q_kri = _stack(factors)
     gram_krr = Q_kri @ Q_kri.transpose(1, 2)
-    torch._foreach_div_(list(gram_krr.unbind()), squared_norms)
+    gram_krr.div_(_numbers(tuple(squared_norms), gram_krr.device).view(-1, 1, 1))
     gram_krr.diagonal(dim1=1, dim2=2).sub_(1)
     _subtract(factors, gram_krr @ Q_kri, size=size)
+
+
+@lru_cache(maxsize=64)
+def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The same few numbers at every step: brought to the device once, fp32."""
+    return torch.tensor(values).to(device, non_blocking=True)
 
 
 def _subtract(factors: list[Tensor], steps: Tensor, *, size: float | Tensor) -> None:

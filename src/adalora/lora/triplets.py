@@ -75,12 +75,6 @@ class TripletHandle:
             return self.adapter not in self.layer.lora_embedding_A
         return self.adapter not in self.layer._modules["lora_A"]._modules
 
-    def _weight(self, home: str) -> nn.Parameter:
-        """The weight of the layer's module of that kind; every step asks, so past nn.Module's slow look-up."""
-        module = self.layer._modules[home]._modules[self.adapter]
-        found = module._parameters.get("weight")
-        return cast(nn.Parameter, module.weight if found is None else found)
-
     @property
     def P_parameter(self) -> nn.Parameter:
         """The parameter behind P."""
@@ -88,7 +82,7 @@ class TripletHandle:
             return self.whole["P"]
         if self.is_embedding:
             return cast(nn.Parameter, self.layer.lora_embedding_A[self.adapter])
-        return self._weight("lora_B")
+        return _weight(self.layer._modules["lora_B"]._modules[self.adapter])
 
     @property
     def Q_parameter(self) -> nn.Parameter:
@@ -97,7 +91,7 @@ class TripletHandle:
             return self.whole["Q"]
         if self.is_embedding:
             return cast(nn.Parameter, self.layer.lora_embedding_B[self.adapter])
-        return self._weight("lora_A")
+        return _weight(self.layer._modules["lora_A"]._modules[self.adapter])
 
     @property
     def lambda_parameter(self) -> nn.Parameter | None:
@@ -117,12 +111,18 @@ class TripletHandle:
         return found if weights is None else {**found, "lambda": (weights, 0)}
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of `factors`, P's first."""
+        if self.removed:
+            return []
+        weights = self.lambda_parameter
+        found = [self.P_parameter, self.Q_parameter]
+        return found if weights is None else [*found, weights]
+
+    @property
     def sharded(self) -> dict[str, nn.Parameter]:
         """The parameters that are spread over processes, by factor."""
-        if self.whole or self.removed:
-            return {n: p for n, (p, _) in self.factors.items() if isinstance(p, DTensor)}
-        found = {"P": self.P_parameter, "Q": self.Q_parameter, "lambda": self.lambda_parameter}
-        return {name: p for name, p in found.items() if isinstance(p, DTensor)}
+        return {name: p for name, (p, _) in self.factors.items() if isinstance(p, DTensor)}
 
     @property
     def Q_keys(self) -> tuple[str, str]:
@@ -255,6 +255,12 @@ class TripletHandle:
             "rank": self.rank,
             "parameters_per_triplet": self.parameters_per_triplet,
         }
+
+
+def _weight(module: Any) -> nn.Parameter:
+    """A module's weight, past nn.Module's slow look-up: every step asks for all of them."""
+    found = module._parameters.get("weight")
+    return cast(nn.Parameter, module.weight if found is None else found)
 
 
 def _dense(parameter: nn.Parameter) -> nn.Parameter:
