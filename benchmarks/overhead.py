@@ -23,6 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from benchmarks.figure import draw
+from benchmarks.host import host
 from benchmarks.measuring import allocation_seconds, interleaved, operations, peak_bytes, ratios
 from benchmarks.models import BERT_BASE, LLAMA_1B_NARROW, METHODS, MINILM, Shape, training
 from rich.console import Console
@@ -59,6 +60,17 @@ def memory() -> dict[str, Any]:
         }
         for dropout in (0.0, 0.1)
     }
+
+
+def memory_by_tokens() -> dict[str, Any]:
+    """Peak bytes while the budget shrinks against the tokens of a step, and relative to LoRA's."""
+    found = {}
+    for size in (8, 32, 128):
+        shape = replace(MINILM, batch=size)
+        lora = peak_bytes("lora", shape, phase="warmup")
+        ours = peak_bytes("ours", shape, phase="decrease")
+        found[str(shape.tokens)] = {"lora": lora, "ours": ours, "ratio": ours / lora}
+    return found
 
 
 def phases(shape: Shape = MINILM) -> dict[str, Any]:
@@ -156,6 +168,8 @@ def _decrease_ratio(shape: Any, *, rank: int = 8, **options: Any) -> dict[str, f
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "counts": counts,
     "memory": memory,
+    "memory_by_tokens": memory_by_tokens,
+    "host": host,
     "phases": phases,
     "bert_base": bert_base,
     "whole_run": whole_run,

@@ -8,6 +8,8 @@ import torch
 from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional
+from torch.nn.modules.module import _has_any_global_hook
 
 from adalora.lora.fused import fused_lora, under_autocast
 
@@ -78,7 +80,11 @@ class AdaptiveLinear(Linear):  # type: ignore[misc]
         modules = own["_modules"]
         if x.dtype != modules["lora_A"]._modules[name].weight.dtype:  # PEFT knows whether to cast it
             return cast(Tensor, _STOCK_FORWARD(self, x))
-        result = modules["base_layer"](x)
+        base = modules["base_layer"]
+        if _is_plain(base) and not _has_any_global_hook():  # as its call does, without looking for hooks
+            result = functional.linear(x, base._parameters["weight"], base._parameters["bias"])
+        else:
+            result = base(x)
         out: Tensor = variant.forward(self, name, x, result)
         return out if out.dtype == result.dtype else out.to(result.dtype)
 
@@ -197,4 +203,4 @@ def _frozen_weight(base: nn.Linear, x: Tensor) -> Tensor | None:
     """The base weight, if the layer trains nothing and worked on x as it is."""
     weight, bias = base._parameters["weight"], base._parameters["bias"]
     trained = weight is None or weight.requires_grad or (bias is not None and bias.requires_grad)
-    return weight if not trained and weight.dtype == x.dtype and weight.device == x.device else None
+    return weight if not trained and weight.dtype == x.dtype else None

@@ -63,10 +63,10 @@ def _stack(factors: list[Tensor]) -> Tensor:
 
 def _parts(stack: Tensor, factors: list[Tensor]) -> list[Tensor]:
     """Views of a stack, each of its factor's own shape."""
-    full = stack.shape[1:]
-    return [
-        row if f.shape == full else row[: f.shape[0], : f.shape[1]] for row, f in zip(stack.unbind(), factors)
-    ]
+    rows = list(stack.unbind())
+    if sum(map(Tensor.numel, factors)) == stack.numel():  # every factor fills its row
+        return rows
+    return [row[: f.shape[0], : f.shape[1]] for row, f in zip(rows, factors)]
 
 
 def _step_left(factors: list[Tensor], *, size: float | Tensor) -> None:
