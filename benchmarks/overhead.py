@@ -26,6 +26,7 @@ from benchmarks.figure import draw
 from benchmarks.host import host
 from benchmarks.measuring import allocation_seconds, interleaved, operations, peak_bytes, ratios
 from benchmarks.models import BERT_BASE, LLAMA_1B_NARROW, METHODS, MINILM, Shape, training
+from benchmarks.on_meta import counts_on_meta
 from rich.console import Console
 from rich.table import Table
 
@@ -45,6 +46,7 @@ def counts() -> dict[str, Any]:
     found["MiniLM, svd"] = {"ours": operations("ours", tiny, parametrization="svd")}
     for shape in (replace(BERT_BASE, hidden=96, intermediate=192, **SMALL), LLAMA_1B_NARROW):
         found[shape.name] = {method: operations(method, shape) for method in METHODS}
+    found["Llama-1B, real widths on meta"] = counts_on_meta()
     narrow = replace(tiny, hidden=24, intermediate=48)
     found["growth"] = {str(6 * layers): operations("ours", replace(narrow, layers=layers)) for layers in (4, 8, 16, 32)}
     return found
