@@ -15,7 +15,7 @@ import platform
 import statistics
 import subprocess
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -224,26 +224,43 @@ def _leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[tupl
     ]
 
 
-def on_gpu(out: Path, device: torch.device) -> None:
-    """Measure on a GPU, print, and write `cuda.json`."""
-    results = {**cuda.measure(device), "machine": {**_machine(), "gpu": torch.cuda.get_device_name(device)}}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "cuda.json").write_text(json.dumps(results, indent=1) + "\n")
+def on_gpu(out: Path, device: torch.device, *, steps: int, names: Sequence[str]) -> None:
+    """Measure on a GPU and print; `cuda.json` is written after every part, beside what it holds already."""
+    path = out / "cuda.json"
+    known = json.loads(path.read_text()) if path.exists() else None
+    machine = {**_machine(), "gpu": torch.cuda.get_device_name(device)}
+    results: dict[str, Any] = {"shapes": {}}
+    for found in cuda.measure(device, steps=steps, names=names, known=known):
+        results = {**found, "machine": machine}
+        _write(path, results)
     for name, shape in results["shapes"].items():
         _print(name, shape)
 
 
-def main(parts: Annotated[list[str] | None, typer.Argument()] = None, out: Path = RESULTS, device: str = "cpu") -> None:
+def _write(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def main(
+    parts: Annotated[list[str] | None, typer.Argument()] = None,
+    out: Path = RESULTS,
+    device: str = "cpu",
+    steps: Annotated[int, typer.Option(help="Length of a whole run on a GPU.")] = cuda.STEPS,
+) -> None:
     """Measure all parts or those named, print them, and write them beside what `out` has already."""
+    there = cuda.PART_NAMES if device != "cpu" else tuple(PARTS)
+    unknown = set(parts or []) - set(there)
+    if unknown:
+        raise typer.BadParameter(f"no part {', '.join(sorted(unknown))}; there are {', '.join(there)}")
     if device != "cpu":
         if not torch.cuda.is_available():
             raise typer.BadParameter(f"--device {device}: no CUDA device here; leave it out to measure the CPU")
         warnings.filterwarnings("ignore")
-        on_gpu(out, torch.device(device))
+        on_gpu(out, torch.device(device), steps=steps, names=parts or there)
         return
-    unknown = set(parts or []) - set(PARTS)
-    if unknown:
-        raise typer.BadParameter(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     path = out / "overhead.json"
@@ -252,10 +269,7 @@ def main(parts: Annotated[list[str] | None, typer.Argument()] = None, out: Path 
         results[name] = PARTS[name]()
         results[name + "_measured"] = _machine()
         _print(name, results[name])
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
-        temporary.replace(path)
+        _write(path, results)
     draw(results, out / "overhead.png")
 
 
