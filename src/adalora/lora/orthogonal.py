@@ -41,13 +41,22 @@ def _by_length(handles: Sequence[TripletHandle], *, left: bool) -> list[list[tup
     for h in handles:
         if h.removed:
             continue
-        # Every step comes here: a layer in one group gets by with fewer views.
-        for factor in [h.P_or if left else h.Q_ri] if h.groups == 1 else (h.P_gor if left else h.Q_gri).unbind():
+        for factor in _factors(h, left=left):
             rows, columns = factor.shape
             length, rank = (rows, columns) if left else (columns, rows)
             if rank > 1:
                 found[length, factor.device, factor.dtype].append((h, factor))
     return list(found.values())
+
+
+def _factors(h: TripletHandle, *, left: bool) -> Sequence[Tensor]:
+    """P or Q of a layer, of each group. Every step comes here, so a Linear's parameter is taken itself: no view."""
+    if h.groups > 1:
+        return (h.P_gor if left else h.Q_gri).unbind()
+    parameter = h.P_parameter if left else h.Q_parameter
+    if parameter.dim() == 2 and not h.is_embedding and parameter.is_contiguous():
+        return (parameter,)
+    return (h.P_or if left else h.Q_ri,)
 
 
 def _stack(factors: list[Tensor]) -> Tensor:
@@ -139,6 +148,7 @@ def _hand_over_alike(handles: list[TripletHandle], optimizer: Optimizer | None) 
     torch._foreach_copy_([Q for h in handles for Q in h.Q_gri.unbind()], list(result.Q_ri.unbind()))
 
 
+@torch.no_grad()
 def orthogonality_error(handles: Sequence[TripletHandle]) -> float:
     """Root mean square cosine between different live vectors, over all P and Q of rank 2 or more; 0 is orthogonal."""
     errors: list[Tensor] = []
