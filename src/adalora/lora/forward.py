@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear, LoraVariant
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as module_calls
 
 from adalora.lora.fused import fused_lora, under_autocast
 
@@ -55,7 +55,7 @@ class TripletVariant(LoraVariant):
 _STOCK_FORWARD = Linear.forward
 
 
-class AdaptiveLinear(Linear):  # type: ignore[misc]
+class AdaptiveLinear(Linear):
     """PEFT's LoRA layer over a Linear, with a short way to the one adapter that is active.
 
     PEFT's own forward looks up a dozen attributes for cases that are not at hand, at every call: on a GPU that waits
@@ -76,12 +76,14 @@ class AdaptiveLinear(Linear):  # type: ignore[misc]
             or own["merged_adapters"]
             or torch.compiler.is_compiling()
         ):
-            return cast(Tensor, _STOCK_FORWARD(self, x, *args, **kwargs))
+            return _STOCK_FORWARD(self, x, *args, **kwargs)
         modules = own["_modules"]
         if x.dtype != modules["lora_A"]._modules[name].weight.dtype:  # PEFT knows whether to cast it
-            return cast(Tensor, _STOCK_FORWARD(self, x))
+            return _STOCK_FORWARD(self, x)
         base = modules["base_layer"]
-        if _is_plain(base) and not _has_any_global_hook():  # as its call does, without looking for hooks
+        if (
+            _is_plain(base) and not cast(Any, module_calls)._has_any_global_hook()
+        ):  # as its call does, without looking for hooks
             result = functional.linear(x, base._parameters["weight"], base._parameters["bias"])
         else:
             result = base(x)
@@ -202,5 +204,6 @@ def _is_first(module: Any, adapter: str) -> bool:
 def _frozen_weight(base: nn.Linear, x: Tensor) -> Tensor | None:
     """The base weight, if the layer trains nothing and worked on x as it is."""
     weight, bias = base._parameters["weight"], base._parameters["bias"]
-    trained = weight is None or weight.requires_grad or (bias is not None and bias.requires_grad)
-    return weight if not trained and weight.dtype == x.dtype else None
+    if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    return weight if weight.dtype == x.dtype else None
