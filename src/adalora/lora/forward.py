@@ -78,12 +78,12 @@ class AdaptiveLinear(Linear):
         ):
             return _STOCK_FORWARD(self, x, *args, **kwargs)
         modules = own["_modules"]
-        if x.dtype != modules["lora_A"]._modules[name].weight.dtype:  # PEFT knows whether to cast it
+        A = modules["lora_A"]._modules.get(name)
+        if A is None or x.dtype != A.weight.dtype:  # PEFT knows whether to cast it
             return _STOCK_FORWARD(self, x)
         base = modules["base_layer"]
-        if (
-            _is_plain(base) and not cast(Any, module_calls)._has_any_global_hook()
-        ):  # as its call does, without looking for hooks
+        # What its call does where nobody has put a hook.
+        if _is_plain(base) and not cast(Any, module_calls)._has_any_global_hook():
             result = functional.linear(x, base._parameters["weight"], base._parameters["bias"])
         else:
             result = base(x)
