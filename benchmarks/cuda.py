@@ -1,6 +1,6 @@
 """The same comparison on a GPU: whole runs of all methods in turn, by phase, and peak memory.
 
-python -m benchmarks.overhead --device cuda --out FOLDER     # there: about a minute, writes FOLDER/cuda.json
+python -m benchmarks.overhead --device cuda --out FOLDER     # there: a minute, part by part into FOLDER/cuda.json
 python -m benchmarks.cuda FOLDER                             # here: results/cuda.json and docs/performance.md
 """
 
@@ -11,7 +11,9 @@ import json
 import subprocess
 import time
 from collections import defaultdict
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +29,90 @@ SHAPES = (replace(MINILM, batch=32, length=128), replace(BERT_BASE, batch=32, le
 PRECISIONS = {"fp32": None, "bf16 autocast": torch.bfloat16}
 NAMES = {"lora": "PEFT LoRA", "peft_adalora": "PEFT AdaLoRA", "ours": "adalora"}
 # Steps of a turn follow each other without waiting, as in training; phases begin and end with turns.
-STEPS, TURN, INTERVAL = 150, 3, 6
+STEPS, TURN, INTERVAL = 60, 2, 6
+WARMUP, FINAL = 0.12, 0.48  # of the steps, in every method's run
+PART_NAMES = ("times", "memory", "controller", "peft_adalora")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that is measured: `action` gives what belongs into the results of a shape."""
+
+    name: str
+    shape: Shape
+    action: Callable[[], dict[str, Any]]
+
+
+def plan(
+    device: torch.device, *, shapes: tuple[Shape, ...] = SHAPES, steps: int = STEPS, turn: int = TURN
+) -> list[Part]:
+    """What is measured, the most important first: a machine that is lent may be gone before the end."""
+
+    def times(shape: Shape, precision: str, *methods: str) -> dict[str, Any]:
+        options = {"device": device, "autocast": PRECISIONS[precision]}
+        found = step_times(shape, methods=("lora", *methods), steps=steps, turn=turn, **options)
+        if "ours" not in methods:  # LoRA's own are those beside ours
+            found = {phase: {m: own for m, own in entry.items() if m in methods} for phase, entry in found.items()}
+        return {precision: found}
+
+    def memory(shape: Shape, precision: str, *methods: str) -> dict[str, Any]:
+        options = {"device": device, "autocast": PRECISIONS[precision]}
+        return {precision: {"peak_bytes": {method: peaks(method, shape, **options) for method in methods}}}
+
+    cases = [(shape, precision) for shape in shapes for precision in PRECISIONS]
+    theirs = "peft_adalora"
+    return [
+        *(Part("times", shape, partial(times, shape, precision, "ours")) for shape, precision in cases),
+        *(Part("memory", shape, partial(memory, shape, precision, "lora", "ours")) for shape, precision in cases),
+        *(Part("controller", shape, partial(_controller, shape, steps=steps // 2, device=device)) for shape in shapes),
+        *(Part(theirs, shape, partial(times, shape, precision, theirs)) for shape, precision in cases),
+        *(Part(theirs, shape, partial(memory, shape, precision, theirs)) for shape, precision in cases),
+    ]
 
 
 def measure(
-    device: torch.device, *, shapes: tuple[Shape, ...] = SHAPES, steps: int = STEPS, turn: int = TURN
-) -> dict[str, Any]:
-    """Step times by phase, the controller's own, and peak memory, for each shape and precision."""
+    device: torch.device,
+    *,
+    shapes: tuple[Shape, ...] = SHAPES,
+    steps: int = STEPS,
+    turn: int = TURN,
+    names: Sequence[str] = PART_NAMES,
+    known: dict[str, Any] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Step times by phase, the controller's own, and peak memory, for each shape and precision.
+
+    Args:
+        device: Where.
+        shapes: The models, the most important first.
+        steps: Length of a whole run.
+        turn: Steps of a method that follow each other.
+        names: Which parts, of `PART_NAMES`.
+        known: Results of before that are added to; of runs of another length they are left out.
+
+    Yields:
+        All that is known, after every part.
+    """
+    settings = {"steps": steps, "turn": turn, "allocation_interval": INTERVAL}
+    same = known is not None and all(known.get(key) == value for key, value in settings.items())
+    found: dict[str, Any] = {**settings, "shapes": known["shapes"] if known is not None and same else {}}
     _one_run_of_each(device, replace(shapes[0], layers=1, batch=1, length=8))
-    found: dict[str, Any] = {"steps": steps, "turn": turn, "allocation_interval": INTERVAL, "shapes": {}}
-    for shape in shapes:
-        own: dict[str, Any] = {"tokens": shape.tokens, "modules": shape.modules}
-        for name, dtype in PRECISIONS.items():
-            options = {"device": device, "autocast": dtype}
-            own[name] = {
-                **step_times(shape, steps=steps, turn=turn, **options),
-                "peak_bytes": {method: peaks(method, shape, **options) for method in METHODS},
-            }
-        own["controller_ms"] = controller_ms(shape, steps=steps // 2, device=device)
-        found["shapes"][shape.name] = own
-    return found
+    for part in plan(device, shapes=shapes, steps=steps, turn=turn):
+        if part.name in names:
+            sizes = {"tokens": part.shape.tokens, "modules": part.shape.modules}
+            _merge(found["shapes"].setdefault(part.shape.name, {}), {**sizes, **part.action()})
+            yield found
+
+
+def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _controller(shape: Shape, *, steps: int, device: torch.device) -> dict[str, Any]:
+    return {"controller_ms": controller_ms(shape, steps=steps, device=device)}
 
 
 def _one_run_of_each(device: torch.device, shape: Shape) -> None:
@@ -58,33 +124,37 @@ def _one_run_of_each(device: torch.device, shape: Shape) -> None:
                 run.step(step)
 
 
-def step_times(shape: Shape, *, steps: int, turn: int, **options: Any) -> dict[str, Any]:
+def step_times(shape: Shape, *, methods: Sequence[str], steps: int, turn: int, **options: Any) -> dict[str, Any]:
     """Ratios to PEFT LoRA's time, turn by turn, one turn of each method after another; milliseconds of a step."""
     runs = {
         method: training(
             method, shape, **options, **({} if method == "lora" else {"steps": steps, "allocation_interval": INTERVAL})
         )
-        for method in METHODS
+        for method in methods
     }
-    schedule = runs["ours"].controller.schedule
     seconds: dict[str, list[float]] = defaultdict(list)
     for start in range(0, steps, turn):
         names = list(runs)
         for name in names[start // turn % len(names) :] + names[: start // turn % len(names)]:
             seconds[name].append(_turn(runs[name], range(start, start + turn)))
-    ends = {
-        "warmup": (1, schedule.warmup_steps // turn),
-        "decrease": (schedule.warmup_steps // turn, schedule.decrease_end // turn),
-        "final": (schedule.decrease_end // turn + 1, steps // turn),
-        "run": (1, steps // turn),
-    }
     return {
         phase: {
             name: {**_ratios(own[start:end], seconds["lora"][start:end]), "ms": 1e3 * sum(own[start:end]) / n / turn}
             for name, own in seconds.items()
         }
-        for phase, (start, end) in ends.items()
+        for phase, (start, end) in phase_turns(steps, turn).items()
         if (n := end - start) > 1
+    }
+
+
+def phase_turns(steps: int, turn: int) -> dict[str, tuple[int, int]]:
+    """First turn of each phase and the one after its last; a run's first turn, and the final phase's, are left out."""
+    warmup, decrease_end = round(WARMUP * steps), steps - round(FINAL * steps)
+    return {
+        "warmup": (1, warmup // turn),
+        "decrease": (warmup // turn, decrease_end // turn),
+        "final": (decrease_end // turn + 1, steps // turn),
+        "run": (1, steps // turn),
     }
 
 
@@ -160,9 +230,11 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["| | LoRA's step, ms | warm-up | decrease | final | whole run | by the sum | peak memory |"]
         lines += ["|---|---|---|---|---|---|---|---|"]
         for precision in PRECISIONS:
-            lines += [_row(own[precision], precision, method) for method in METHODS]
-        times = ", ".join(f"{kind} {ms:.1f} ms" for kind, ms in own["controller_ms"].items())
-        lines += ["", f"The controller's part of a step, waited for: {times}."]
+            found = own.get(precision, {})  # the measuring may have been cut short
+            lines += [_row(found, precision, method) for method in METHODS if method in found.get("run", {})]
+        if "controller_ms" in own:
+            times = ", ".join(f"{kind} {ms:.1f} ms" for kind, ms in own["controller_ms"].items())
+            lines += ["", f"The controller's part of a step, waited for: {times}."]
     return "\n".join(lines)
 
 
@@ -173,7 +245,7 @@ def _row(found: dict[str, Any], precision: str, method: str) -> str:
         cells.append("–" if entry is None else "{median:.2f} ({q25:.2f}–{q75:.2f})".format(**entry))
     cells[1:] = ["1"] * 4 if method == "lora" else cells[1:]
     cells.append(f"{found['run'][method]['total']:.2f}")
-    bytes_ = found["peak_bytes"][method]
+    bytes_ = found.get("peak_bytes", {}).get(method, {})
     cells.append(", ".join(f"{value / 1e6:.0f} MB" for value in bytes_.values()) or "–")
     return f"| {NAMES[method]}, {precision} | " + " | ".join(cells) + " |"
 

@@ -7,34 +7,18 @@ Writes `results/means.json`.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import typer
-from benchmarks.measuring import quartiles
-from benchmarks.models import MINILM, training
 from benchmarks.overhead import RESULTS, _leaves, _machine, _print
+from benchmarks.stepwise import averages, finding, handover, memory, orthogonality, skipped_layers, timed
 from torch import Tensor
 from torch.nn import functional
 
 from adalora.lora.fused import fused_lora
-from adalora.lora.orthogonal import hand_over
 
 ROWS, WIDTH, RANK, SCALE = 1024, 384, 8, 2.0
-
-
-def _timed(variants: dict[str, Callable[[], Any]], *, turns: int = 60) -> dict[str, dict[str, float]]:
-    """Microseconds of each variant, one call of each in turn."""
-    seen: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(turns):
-        for name, action in variants.items():
-            start = time.perf_counter()
-            action()
-            if turn >= 5:
-                seen[name].append(1e6 * (time.perf_counter() - start))
-    return {name: quartiles(values) for name, values in seen.items()}
 
 
 def forward_and_backward(dropout: float) -> dict[str, Any]:
@@ -60,7 +44,7 @@ def forward_and_backward(dropout: float) -> dict[str, Any]:
     def fused(**options: Any) -> Tensor:
         return fused_lora(x, base(), Q, P, scale=SCALE, dropout=dropout, **options)
 
-    return _timed(
+    return timed(
         {
             "no adapter": lambda: run(base()),
             "PEFT LoRA": lambda: run(peft()),
@@ -79,9 +63,9 @@ def products() -> dict[str, Any]:
     h = x @ Q.T
     h_t = h.T.contiguous()
     return {
-        "h": _timed({"x Qᵀ": lambda: x.mm(Q.T), "Q xᵀ": lambda: Q.mm(x.T)}),
-        "gradient of h": _timed({"g P": lambda: g.mm(P), "Pᵀ gᵀ": lambda: P.T.mm(g.T)}),
-        "gradient of P": _timed({"gᵀ h": lambda: g.T.mm(h), "hᵀ g": lambda: h_t.mm(g)}),
+        "h": timed({"x Qᵀ": lambda: x.mm(Q.T), "Q xᵀ": lambda: Q.mm(x.T)}),
+        "gradient of h": timed({"g P": lambda: g.mm(P), "Pᵀ gᵀ": lambda: P.T.mm(g.T)}),
+        "gradient of P": timed({"gᵀ h": lambda: g.T.mm(h), "hᵀ g": lambda: h_t.mm(g)}),
     }
 
 
@@ -102,38 +86,46 @@ def dropout_mask() -> dict[str, Any]:
         x * mask
         out.addcmul_(grown, mask, value=1e-9)
 
-    return _timed({"floats": floats, "bytes": in_bytes})
-
-
-def handover() -> dict[str, Any]:
-    """The 36 modules of MiniLM's shape at the end of warm-up: one after the other, and a shape at a time."""
-    run = training("ours", MINILM, steps=1000)
-    for h in run.controller.handles:
-        h.P_or.normal_(std=0.01)
-    alone = lambda: [hand_over([h], run.optimizer) for h in run.controller.handles]  # noqa: E731
-    together = lambda: hand_over(run.controller.handles, run.optimizer)  # noqa: E731
-    return _timed({"one by one": alone, "together": together}, turns=20)
+    return timed({"floats": floats, "bytes": in_bytes})
 
 
 def shared_input() -> dict[str, Any]:
-    """Three adapters that read one input: their products of size r one by one, and as one of three times the size."""
+    """Adapters that read one input: their products of size r one by one and as one, and all that the layers take."""
+    return {"q, k, v": _shared(3, WIDTH), "gate, up": _shared(2, 4 * WIDTH)}
+
+
+def _shared(layers: int, width: int) -> dict[str, Any]:
+    torch.manual_seed(0)
     x, out = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
-    Q, Q3 = torch.randn(RANK, WIDTH), torch.randn(3 * RANK, WIDTH)
-    g, g3 = torch.randn(RANK, ROWS), torch.randn(3 * RANK, ROWS)
+    Q, Q_all = torch.randn(RANK, WIDTH), torch.randn(layers * RANK, WIDTH)
+    g, g_all = torch.randn(RANK, ROWS), torch.randn(layers * RANK, ROWS)
+    W, bias, upstream = torch.randn(width, WIDTH), torch.randn(width), torch.randn(ROWS, width)
+    leaves = [x.clone().requires_grad_(), Q.clone().requires_grad_(), torch.randn(width, RANK, requires_grad=True)]
 
     def one_by_one() -> None:
-        for _ in range(3):
+        for _ in range(layers):
             Q.mm(x.T)
             g.mm(x)
             out.addmm_(g.T, Q, alpha=1e-9)
 
     def together() -> None:
-        torch.cat([Q, Q, Q])
-        Q3.mm(x.T)
-        g3.mm(x)
-        out.addmm_(g3.T, Q3, alpha=1e-9)
+        torch.cat([Q] * layers)
+        Q_all.mm(x.T)
+        g_all.mm(x)
+        out.addmm_(g_all.T, Q_all, alpha=1e-9)
 
-    return _timed({"one by one": one_by_one, "together": together})
+    def whole() -> None:
+        for _ in range(layers):
+            base = functional.linear(leaves[0], W, bias)
+            made = fused_lora(leaves[0], base, leaves[1], leaves[2], scale=SCALE, weight_oi=W, in_place=True)
+            torch.autograd.grad(made, leaves, upstream)
+
+    found: dict[str, Any] = dict(
+        timed({"one by one": one_by_one, "together": together, "the layers, forward and backward": whole})
+    )
+    saved = found["one by one"]["median"] - found["together"]["median"]
+    found["saved share"] = {"median": saved / found["the layers, forward and backward"]["median"]}
+    return found
 
 
 def main() -> None:
@@ -146,6 +138,11 @@ def main() -> None:
         "shared input": shared_input(),
         "dropout mask": dropout_mask(),
         "hand-over": handover(),
+        "averages": averages(),
+        "orthogonality": orthogonality(),
+        "finding the parameters": finding(),
+        "skipped layers": skipped_layers(),
+        "memory": memory(),
     }
     for name, result in results.items():
         _print(name, {" / ".join(keys[:-1]): value for keys, value in _leaves(result) if keys[-1] == "median"})

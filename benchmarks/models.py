@@ -16,6 +16,7 @@ import adalora
 
 BERT_LINEARS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LLAMA: dict[str, Any] = {"tie_word_embeddings": True}
 LEARNING_RATE = 1e-3
 CPU = torch.device("cpu")
 METHODS = ("lora", "peft_adalora", "ours")
@@ -30,6 +31,8 @@ class Shape:
     hidden: int = 384
     heads: int = 12
     intermediate: int = 1536
+    kv_heads: int | None = None
+    vocabulary: int = 1000
     llama: bool = False
     batch: int = 8
     length: int = 64
@@ -47,8 +50,21 @@ class Shape:
 
 MINILM = Shape("MiniLM")
 BERT_BASE = Shape("BERT-base", layers=12, hidden=768, intermediate=3072)
-# For counts alone, which do not depend on widths: the depth and the Linears of a Llama of 1B, narrow.
-LLAMA_1B_NARROW = Shape("Llama-1B", layers=16, hidden=64, heads=4, intermediate=128, llama=True, batch=2, length=8)
+# A Llama of 1B in its real shape, for counts on `meta`; and a narrow copy, whose counts are the same.
+LLAMA_1B = Shape(
+    "Llama-1B",
+    layers=16,
+    hidden=2048,
+    heads=32,
+    kv_heads=8,
+    intermediate=8192,
+    vocabulary=128_256,
+    llama=True,
+    batch=2,
+    length=8,
+)
+NARROW_LLAMA = {"hidden": 64, "intermediate": 256, "vocabulary": 1000}
+LLAMA_1B_NARROW = replace(LLAMA_1B, **NARROW_LLAMA)
 
 
 def base_model(shape: Shape, *, seed: int = 0) -> torch.nn.Module:
@@ -59,11 +75,11 @@ def base_model(shape: Shape, *, seed: int = 0) -> torch.nn.Module:
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "intermediate_size": shape.intermediate,
-        "vocab_size": 1000,
+        "vocab_size": shape.vocabulary,
         "max_position_embeddings": max(512, shape.length),
     }
     if shape.llama:
-        return LlamaForCausalLM(LlamaConfig(**sizes, use_cache=False))
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=shape.kv_heads, use_cache=False, **LLAMA))
     return BertForSequenceClassification(BertConfig(**sizes))
 
 
@@ -76,6 +92,8 @@ def batch(shape: Shape, step: int, device: torch.device) -> dict[str, torch.Tens
     inputs = {"input_ids": words, "labels": labels}
     if device.type == "cpu":  # on a GPU transformers would ask the device whether it is all ones
         inputs["attention_mask"] = torch.ones_like(words)
+    elif device.type == "meta" and shape.llama:  # of a mask of this shape transformers asks nothing
+        inputs["attention_mask"] = torch.zeros(shape.batch, 1, shape.length, shape.length, device=device)
     return inputs
 
 
@@ -166,6 +184,8 @@ def training(
             r=rank if method == "lora" else initial, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets
         )
     model = get_peft_model(base, config).train()
+    if device.type == "meta" and method == "ours":  # attaching reads the adapter's values
+        give_values(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     run = Training(method, shape, model, optimizer, lambda: None, device=device, autocast=autocast)
     if method == "ours":  # its own hook on the optimizer does the rest
@@ -174,3 +194,13 @@ def training(
         taken = iter(range(10**9))
         run.after_step = lambda: model.base_model.update_and_allocate(next(taken))
     return run
+
+
+def give_values(model: torch.nn.Module) -> None:
+    """Values for the adapter of a model on `meta`: LoRA's own start, on the CPU."""
+    for module in model.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "reset_lora_parameters"):
+            module.lora_A.to_empty(device="cpu")
+            module.lora_B.to_empty(device="cpu")
+            for adapter in module.lora_A:
+                module.reset_lora_parameters(adapter, True)

@@ -15,7 +15,7 @@ import platform
 import statistics
 import subprocess
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,8 +23,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from benchmarks.figure import draw
+from benchmarks.host import host
 from benchmarks.measuring import allocation_seconds, interleaved, operations, peak_bytes, ratios
 from benchmarks.models import BERT_BASE, LLAMA_1B_NARROW, METHODS, MINILM, Shape, training
+from benchmarks.on_meta import counts_on_meta
 from rich.console import Console
 from rich.table import Table
 
@@ -44,6 +46,7 @@ def counts() -> dict[str, Any]:
     found["MiniLM, svd"] = {"ours": operations("ours", tiny, parametrization="svd")}
     for shape in (replace(BERT_BASE, hidden=96, intermediate=192, **SMALL), LLAMA_1B_NARROW):
         found[shape.name] = {method: operations(method, shape) for method in METHODS}
+    found["Llama-1B, real widths on meta"] = counts_on_meta()
     narrow = replace(tiny, hidden=24, intermediate=48)
     found["growth"] = {str(6 * layers): operations("ours", replace(narrow, layers=layers)) for layers in (4, 8, 16, 32)}
     return found
@@ -59,6 +62,17 @@ def memory() -> dict[str, Any]:
         }
         for dropout in (0.0, 0.1)
     }
+
+
+def memory_by_tokens() -> dict[str, Any]:
+    """Peak bytes while the budget shrinks against the tokens of a step, and relative to LoRA's."""
+    found = {}
+    for size in (8, 32, 128):
+        shape = replace(MINILM, batch=size)
+        lora = peak_bytes("lora", shape, phase="warmup")
+        ours = peak_bytes("ours", shape, phase="decrease")
+        found[str(shape.tokens)] = {"lora": lora, "ours": ours, "ratio": ours / lora}
+    return found
 
 
 def phases(shape: Shape = MINILM) -> dict[str, Any]:
@@ -156,6 +170,8 @@ def _decrease_ratio(shape: Any, *, rank: int = 8, **options: Any) -> dict[str, f
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "counts": counts,
     "memory": memory,
+    "memory_by_tokens": memory_by_tokens,
+    "host": host,
     "phases": phases,
     "bert_base": bert_base,
     "whole_run": whole_run,
@@ -208,26 +224,43 @@ def _leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> list[tuple[tupl
     ]
 
 
-def on_gpu(out: Path, device: torch.device) -> None:
-    """Measure on a GPU, print, and write `cuda.json`."""
-    results = {**cuda.measure(device), "machine": {**_machine(), "gpu": torch.cuda.get_device_name(device)}}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "cuda.json").write_text(json.dumps(results, indent=1) + "\n")
+def on_gpu(out: Path, device: torch.device, *, steps: int, names: Sequence[str]) -> None:
+    """Measure on a GPU and print; `cuda.json` is written after every part, beside what it holds already."""
+    path = out / "cuda.json"
+    known = json.loads(path.read_text()) if path.exists() else None
+    machine = {**_machine(), "gpu": torch.cuda.get_device_name(device)}
+    results: dict[str, Any] = {"shapes": {}}
+    for found in cuda.measure(device, steps=steps, names=names, known=known):
+        results = {**found, "machine": machine}
+        _write(path, results)
     for name, shape in results["shapes"].items():
         _print(name, shape)
 
 
-def main(parts: Annotated[list[str] | None, typer.Argument()] = None, out: Path = RESULTS, device: str = "cpu") -> None:
+def _write(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def main(
+    parts: Annotated[list[str] | None, typer.Argument()] = None,
+    out: Path = RESULTS,
+    device: str = "cpu",
+    steps: Annotated[int, typer.Option(help="Length of a whole run on a GPU.")] = cuda.STEPS,
+) -> None:
     """Measure all parts or those named, print them, and write them beside what `out` has already."""
+    there = cuda.PART_NAMES if device != "cpu" else tuple(PARTS)
+    unknown = set(parts or []) - set(there)
+    if unknown:
+        raise typer.BadParameter(f"no part {', '.join(sorted(unknown))}; there are {', '.join(there)}")
     if device != "cpu":
         if not torch.cuda.is_available():
             raise typer.BadParameter(f"--device {device}: no CUDA device here; leave it out to measure the CPU")
         warnings.filterwarnings("ignore")
-        on_gpu(out, torch.device(device))
+        on_gpu(out, torch.device(device), steps=steps, names=parts or there)
         return
-    unknown = set(parts or []) - set(PARTS)
-    if unknown:
-        raise typer.BadParameter(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     path = out / "overhead.json"
@@ -236,10 +269,7 @@ def main(parts: Annotated[list[str] | None, typer.Argument()] = None, out: Path 
         results[name] = PARTS[name]()
         results[name + "_measured"] = _machine()
         _print(name, results[name])
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
-        temporary.replace(path)
+        _write(path, results)
     draw(results, out / "overhead.png")
 
 

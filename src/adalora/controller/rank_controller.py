@@ -147,7 +147,7 @@ class RankController(FinalPhase, HistoryPlots):
         """Whether this optimizer trains the triplets."""
         if self._optimizers.knows(optimizer):
             return True
-        mine = {id(p) for h in self.handles if not h.removed for p, _ in h.factors.values()}
+        mine = {id(p) for h in self.handles for p in h.parameters}
         return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
 
     @property

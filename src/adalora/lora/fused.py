@@ -7,8 +7,7 @@ o = d_out, r triplets. Activations of size r are kept as
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,29 +48,18 @@ def fused_lora(
     """
     if weight_oi is not None:
         base = base.detach()
-    function = cast(Any, _FusedLora)
-    return cast(Tensor, function.apply(x, base, Q_ri, P_or, lambda_r, weight_oi, scale, dropout, in_place))
+    return cast(Tensor, _apply(x, base, Q_ri, P_or, lambda_r, weight_oi, scale, dropout, in_place))
 
 
-class _Dropped(NamedTuple):
-    """Rows with zeros, the mask (uint8), and the factors that are still to be applied to h and to what comes back."""
-
-    rows_ni: Tensor
-    mask_ni: Tensor | None
-    forward_scale: float
-    backward_scale: float
-
-
-def _drop(rows_ni: Tensor, dropout: float) -> _Dropped:
-    if dropout == 0:
-        return _Dropped(rows_ni, None, 1.0, 1.0)
+def _drop(rows_ni: Tensor, dropout: float) -> tuple[Tensor, Tensor, float, float]:
+    """Rows with zeros, the mask (uint8), and the factors still to be applied to h and to what comes back."""
     kept = 1 / (1 - dropout)
     if rows_ni.is_cuda:  # pragma: no cover - a GPU's: as nn.Dropout there, one kernel and its own random numbers
         rows_ni, mask_ni = torch.native_dropout(rows_ni, dropout, True)
-        return _Dropped(rows_ni, mask_ni.view(torch.uint8), 1.0, kept)
+        return rows_ni, mask_ni.view(torch.uint8), 1.0, kept
     # Bytes draw the same zeros as floats do, and products with them are the faster ones.
     mask_ni = torch.empty(rows_ni.shape, dtype=torch.uint8, device=rows_ni.device).bernoulli_(1 - dropout)
-    return _Dropped(rows_ni * mask_ni, mask_ni, kept, 1.0)
+    return rows_ni * mask_ni, mask_ni, kept, 1.0
 
 
 class _FusedLora(torch.autograd.Function):
@@ -88,19 +76,22 @@ class _FusedLora(torch.autograd.Function):
         dropout: float,
         in_place: bool,
     ) -> Tensor:
-        dropped = _drop(x.reshape(-1, x.shape[-1]), dropout)
-        h_rn = Q_ri.mm(dropped.rows_ni.t())
-        ctx.save_for_backward(x, dropped.mask_ni, h_rn, Q_ri, P_or, lambda_r, weight_oi)
+        rows_ni, mask_ni, mask_scale = x.reshape(-1, x.shape[-1]), None, 1.0
+        if dropout > 0:
+            rows_ni, mask_ni, forward_scale, mask_scale = _drop(rows_ni, dropout)
+            scale *= forward_scale
+        h_rn = torch.mm(Q_ri, rows_ni.T)
+        ctx.save_for_backward(x, mask_ni, h_rn, Q_ri, P_or, lambda_r, weight_oi)
+        ctx.settings = scale, mask_scale, base.dtype
         if lambda_r is not None:
             h_rn = h_rn * lambda_r.unsqueeze(1)
-        ctx.scale, ctx.mask_scale, ctx.base_dtype = scale * dropped.forward_scale, dropped.backward_scale, base.dtype
         if base.dtype != x.dtype:
             base, in_place = base.to(x.dtype), True
         if not (in_place and base.is_contiguous()):
-            rows_no = torch.addmm(base.reshape(-1, base.shape[-1]), h_rn.t(), P_or.t(), alpha=ctx.scale)
+            rows_no = torch.addmm(base.reshape(-1, base.shape[-1]), h_rn.T, P_or.T, alpha=scale)
             return rows_no.view(base.shape).detach()  # the next layer may change it in place: no view of rows_no
         out = base.detach()  # the same memory, and no view either
-        out.view(-1, out.shape[-1]).addmm_(h_rn.t(), P_or.t(), alpha=ctx.scale)
+        out.view(-1, out.shape[-1]).addmm_(h_rn.T, P_or.T, alpha=scale)
         return out
 
     @staticmethod
@@ -108,14 +99,15 @@ class _FusedLora(torch.autograd.Function):
         (grad,) = grads
         if torch.is_grad_enabled():
             return _gradients_in_graph(ctx, grad)
-        with _no_autocast(grad):
+        if not under_autocast(grad):
+            return _gradients(ctx, grad)
+        with torch.autocast(grad.device.type, enabled=False):
             return _gradients(ctx, grad)
 
 
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    if under_autocast(tensor):
-        return torch.autocast(tensor.device.type, enabled=False)
-    return nullcontext()
+# The function's own `apply`, without what `torch.autograd.Function` puts around it for functorch's transforms: under
+# those nobody comes here. It is a third of the call.
+_apply = cast(Any, super(torch.autograd.Function, _FusedLora)).apply
 
 
 def under_autocast(tensor: Tensor) -> bool:
@@ -127,49 +119,51 @@ def under_autocast(tensor: Tensor) -> bool:
 def _gradients(ctx: Any, grad: Tensor) -> Gradients:
     """Of x, base, Q, P and λ. Factors ride on products as `alpha`; with beta=0 `addmm` never reads its first input."""
     x, mask, h_rn, Q_ri, P_or, lambda_r, weight_oi = ctx.saved_tensors
+    scale, mask_scale, base_dtype = ctx.settings
     for_x, for_base, for_Q, for_P, for_lambda = ctx.needs_input_grad[:5]
-    grad_no = grad.reshape(-1, grad.shape[-1])
+    grad_no, P_ro = grad.reshape(-1, grad.shape[-1]), P_or.T
     grad_x = grad_Q = grad_P = grad_lambda = None
     if for_P or for_lambda:
-        grad_P = torch.addmm(P_or.t(), h_rn, grad_no, beta=0, alpha=ctx.scale).t()
+        grad_P = torch.addmm(P_ro, h_rn, grad_no, beta=0, alpha=scale).T
     if lambda_r is not None and grad_P is not None:
         grad_lambda = (grad_P * P_or).sum(dim=0) if for_lambda else None
         grad_P = grad_P.mul_(lambda_r) if for_P else None
     if for_Q or for_x:
-        grad_rn = torch.addmm(h_rn, P_or.t(), grad_no.t(), beta=0, alpha=ctx.scale * ctx.mask_scale)
+        grad_rn = torch.addmm(h_rn, P_ro, grad_no.T, beta=0, alpha=scale * mask_scale)
         if lambda_r is not None:
             grad_rn.mul_(lambda_r.unsqueeze(1))
     if for_Q:
         rows_ni = x.reshape(-1, x.shape[-1])
-        grad_Q = grad_rn.mm(rows_ni if mask is None else rows_ni * mask)
+        grad_Q = torch.mm(grad_rn, rows_ni if mask is None else rows_ni * mask)
     if for_x:
         if weight_oi is None:
-            grad_x = grad_rn.t().mm(Q_ri)
+            grad_x = torch.mm(grad_rn.T, Q_ri)
             grad_x = grad_x if mask is None else grad_x.mul_(mask)
         elif mask is None:
-            grad_x = grad_no.mm(weight_oi).addmm_(grad_rn.t(), Q_ri)
+            grad_x = torch.mm(grad_no, weight_oi).addmm_(grad_rn.T, Q_ri)
         else:
-            grad_x = grad_no.mm(weight_oi).addcmul_(grad_rn.t().mm(Q_ri), mask)
+            grad_x = torch.mm(grad_no, weight_oi).addcmul_(torch.mm(grad_rn.T, Q_ri), mask)
         grad_x = grad_x.view(x.shape)
-    grad_base = grad.to(ctx.base_dtype) if for_base else None
+    grad_base = grad.to(base_dtype) if for_base else None
     return grad_x, grad_base, grad_Q, grad_P, grad_lambda, None, None, None, None
 
 
 def _gradients_in_graph(ctx: Any, grad: Tensor) -> Gradients:
     """The same for `create_graph=True`: in differentiable operations, from the inputs alone."""
     x, mask_ni, _, Q_ri, P_or, lambda_r, weight_oi = ctx.saved_tensors
+    scale, mask_scale, base_dtype = ctx.settings
     grad_no = grad.reshape(-1, grad.shape[-1])
     rows_ni = x.reshape(-1, x.shape[-1])
-    mask = None if mask_ni is None else mask_ni.to(x.dtype) * ctx.mask_scale
+    mask = None if mask_ni is None else mask_ni.to(x.dtype) * mask_scale
     rows_ni = rows_ni if mask is None else rows_ni * mask
-    grad_left = ctx.scale * (Q_ri.mm(rows_ni.t()).mm(grad_no)).t()  # of P·diag(λ)
+    grad_left = scale * (Q_ri.mm(rows_ni.t()).mm(grad_no)).t()  # of P·diag(λ)
     left_or = P_or if lambda_r is None else P_or * lambda_r
     grad_P = grad_left if lambda_r is None else grad_left * lambda_r
     grad_lambda = (grad_left * P_or).sum(dim=0)
-    grad_rn = ctx.scale * left_or.t().mm(grad_no.t())
+    grad_rn = scale * left_or.t().mm(grad_no.t())
     grad_x = grad_rn.t().mm(Q_ri)
     grad_x = grad_x if mask is None else grad_x * mask
     if weight_oi is not None:
         grad_x = grad_x + grad_no.mm(weight_oi)
-    wanted = (grad_x.view(x.shape), grad.to(ctx.base_dtype), grad_rn.mm(rows_ni), grad_P, grad_lambda)
+    wanted = (grad_x.view(x.shape), grad.to(base_dtype), grad_rn.mm(rows_ni), grad_P, grad_lambda)
     return (*(g if needed else None for g, needed in zip(wanted, ctx.needs_input_grad)), None, None, None, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,11 +39,24 @@ def _by_length(handles: Sequence[TripletHandle], *, left: bool) -> list[list[tup
     """
     found: dict[tuple[int, torch.device, torch.dtype], list[tuple[TripletHandle, Tensor]]] = defaultdict(list)
     for h in handles:
-        if h.rank > 1:
-            # Every step comes here: a layer in one group gets by with fewer views.
-            for factor in [h.P_or if left else h.Q_ri] if h.groups == 1 else (h.P_gor if left else h.Q_gri).unbind():
-                found[factor.shape[0 if left else 1], factor.device, factor.dtype].append((h, factor))
+        if h.removed:
+            continue
+        for factor in _factors(h, left=left):
+            rows, columns = factor.shape
+            length, rank = (rows, columns) if left else (columns, rows)
+            if rank > 1:
+                found[length, factor.device, factor.dtype].append((h, factor))
     return list(found.values())
+
+
+def _factors(h: TripletHandle, *, left: bool) -> Sequence[Tensor]:
+    """P or Q of a layer, of each group. Every step comes here, so a Linear's parameter is taken itself: no view."""
+    if h.groups > 1:
+        return (h.P_gor if left else h.Q_gri).unbind()
+    parameter = h.P_parameter if left else h.Q_parameter
+    if parameter.dim() == 2 and not h.is_embedding and parameter.is_contiguous():
+        return (parameter,)
+    return (h.P_or if left else h.Q_ri,)
 
 
 def _stack(factors: list[Tensor]) -> Tensor:
@@ -58,7 +72,10 @@ def _stack(factors: list[Tensor]) -> Tensor:
 
 def _parts(stack: Tensor, factors: list[Tensor]) -> list[Tensor]:
     """Views of a stack, each of its factor's own shape."""
-    return [row[: f.shape[0], : f.shape[1]] for row, f in zip(stack.unbind(), factors)]
+    rows = list(stack.unbind())
+    if sum(map(Tensor.numel, factors)) == stack.numel():  # every factor fills its row
+        return rows
+    return [row[: f.shape[0], : f.shape[1]] for row, f in zip(rows, factors)]
 
 
 def _step_left(factors: list[Tensor], *, size: float | Tensor) -> None:
@@ -75,9 +92,15 @@ def _step_right(factors: list[Tensor], squared_norms: list[float], *, size: floa
     """Q -= size · (QQᵀ/ρ² - I) Q."""
     Q_kri = _stack(factors)
     gram_krr = Q_kri @ Q_kri.transpose(1, 2)
-    torch._foreach_div_(list(gram_krr.unbind()), squared_norms)
+    gram_krr.div_(_numbers(tuple(squared_norms), gram_krr.device).view(-1, 1, 1))
     gram_krr.diagonal(dim1=1, dim2=2).sub_(1)
     _subtract(factors, gram_krr @ Q_kri, size=size)
+
+
+@lru_cache(maxsize=64)
+def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The same few numbers at every step: brought to the device once, fp32."""
+    return torch.tensor(values).to(device, non_blocking=True)
 
 
 def _subtract(factors: list[Tensor], steps: Tensor, *, size: float | Tensor) -> None:
@@ -125,6 +148,7 @@ def _hand_over_alike(handles: list[TripletHandle], optimizer: Optimizer | None) 
     torch._foreach_copy_([Q for h in handles for Q in h.Q_gri.unbind()], list(result.Q_ri.unbind()))
 
 
+@torch.no_grad()
 def orthogonality_error(handles: Sequence[TripletHandle]) -> float:
     """Root mean square cosine between different live vectors, over all P and Q of rank 2 or more; 0 is orthogonal."""
     errors: list[Tensor] = []

@@ -11,7 +11,7 @@ from adalora.config import AdaLoraConfig
 from adalora.core.factored_svd import factored_svd
 from adalora.core.initialization import LORA_ROW_NORM
 from adalora.errors import AttachError
-from adalora.lora.forward import TripletVariant
+from adalora.lora.forward import TripletVariant, shorten
 from adalora.lora.patterns import rescale, write_patterns
 from adalora.lora.svd import add_lambda, fold_lambda
 from adalora.lora.triplets import TripletHandle, fresh
@@ -56,6 +56,7 @@ def prepare(model: nn.Module, handles: list[TripletHandle], config: AdaLoraConfi
             _start_svd(h, config, new=new, generator=generator)
         elif config.parametrization == "lora" and not h.is_embedding and isinstance(_Q_module(h), nn.Linear):
             h.layer.lora_variant[h.adapter] = TripletVariant()
+            shorten(h.layer)
         h.measure_rows()
 
 

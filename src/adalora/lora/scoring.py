@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -120,7 +120,8 @@ class Scorer:
         if not self.needs_averages:
             return
         self.observed += 1
-        gradients = [p.grad for h in self.handles if h.rank for p, _ in h.factors.values() if p.grad is not None]
+        found = [p.grad for h in self.handles for p in h.parameters if p.numel()]
+        gradients = [gradient for gradient in found if gradient is not None]
         if not gradients:
             self._skip(1)
             return
@@ -210,12 +211,13 @@ class _Left:
         self.weights = SmoothedImportance.zeros_like(stack[:, 0])
 
     def observe(self, *, beta1: float, beta2: float, unscale: float, weights: StepWeights) -> None:
-        present = _present(self.handles, lambda h: h.P_parameter.grad)
+        parameters = [h.P_parameter for h in self.handles]
+        present, gradients = _present(parameters)
         if not present:
             return
         handles = [self.handles[k] for k in present]
-        P = torch.stack([h.P_or for h in handles])
-        gradient = torch.stack([h.as_P(_gradient(h.P_parameter)) for h in handles])
+        P = torch.stack([h.as_P(parameters[k]) for k, h in zip(present, handles)])
+        gradient = torch.stack([h.as_P(own) for h, own in zip(handles, gradients)])
         product, totals = left_products(P, _unscaled(gradient, unscale))
         if handles[0].lambda_parameter is not None:
             totals = _unscaled(torch.stack([_lambda_product(h) for h in handles]), unscale)
@@ -235,19 +237,15 @@ class _Right:
         self.factors = SmoothedImportance.zeros_like(Q_ri.expand(len(handles), *Q_ri.shape))
 
     def observe(self, *, beta1: float, beta2: float, unscale: float, weights: StepWeights) -> None:
-        present = _present(self.handles, lambda h: h.Q_parameter.grad)
+        parameters = [h.Q_parameter for h in self.handles]
+        present, gradients = _present(parameters)
         if not present:
             return
         handles = [self.handles[k] for k in present]
-        Q = torch.stack([h.Q_ri for h in handles])
-        gradient = torch.stack([h.as_Q(_gradient(h.Q_parameter)) for h in handles])
+        Q = torch.stack([h.as_Q(parameters[k]) for k, h in zip(present, handles)])
+        gradient = torch.stack([h.as_Q(own) for h, own in zip(handles, gradients)])
         product = right_products(Q, _unscaled(gradient, unscale))
         _update(self.factors, product, present, beta1=beta1, beta2=beta2, weights=weights)
-
-
-def _gradient(parameter: torch.nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 def _unscaled(gradient: Tensor, factor: float) -> Tensor:
@@ -263,9 +261,10 @@ def _lambda_product(h: TripletHandle) -> Tensor:
     return h.by_group(weights.detach().float() * weights.grad.float()).sum(dim=0)
 
 
-def _present(handles: list[TripletHandle], gradient: Callable[[TripletHandle], Tensor | None]) -> list[int]:
-    """Layers that got a gradient this step: an unused module or an expert without tokens has none."""
-    return [k for k, h in enumerate(handles) if gradient(h) is not None]
+def _present(parameters: list[torch.nn.Parameter]) -> tuple[list[int], list[Tensor]]:
+    """Numbers and gradients of those that got one this step: an unused module or an expert without tokens has none."""
+    found = [(k, gradient) for k, gradient in enumerate(p.grad for p in parameters) if gradient is not None]
+    return [k for k, _ in found], [gradient for _, gradient in found]
 
 
 def _all_finite(gradients: list[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from adalora.lora.forward import TripletVariant, linear_forward
+from adalora.lora.forward import TripletVariant, linear_forward, shorten
 from adalora.lora.groups import vectors_by_group
 from adalora.lora.triplets import TripletHandle
 
@@ -79,6 +79,7 @@ def add_lambda(handle: TripletHandle, weights: Tensor, *, gain: float = 1.0) -> 
     layer.lora_lambda[name] = nn.Parameter(weights.to(P.device, P.dtype), requires_grad=P.requires_grad)
     layer.lora_gain[name] = gain
     layer.lora_variant[name] = _variant(handle)
+    shorten(layer)
 
 
 def _variant(handle: TripletHandle) -> LoraVariant:

@@ -57,6 +57,8 @@ class TripletHandle:
     _counted: tuple[Tensor | None, int, int] = field(default=(None, 0, 0), repr=False)
 
     def __post_init__(self) -> None:
+        # Embedding layers keep their factors transposed and as bare parameters.
+        self.is_embedding: bool = self.adapter in self.layer.lora_embedding_A
         self.groups = 1 if self.is_embedding else getattr(self.layer.lora_B[self.adapter], "groups", 1)
         self.mask = torch.ones(self.rank, dtype=torch.bool)
         self.d_out, self.d_in = self.P_or.shape[0], self.Q_gri.shape[2]
@@ -67,14 +69,11 @@ class TripletHandle:
         self.row_norm = float(self.Q_gri.float().square().sum(dim=2).mean().sqrt())
 
     @property
-    def is_embedding(self) -> bool:
-        """Embedding layers keep their factors transposed and as bare parameters."""
-        return self.adapter in self.layer.lora_embedding_A or "lora_embedding_A" in self.parked
-
-    @property
     def removed(self) -> bool:
         """The adapter was taken off this layer: its last triplet has been pruned and compacted."""
-        return self.adapter not in self.layer.lora_A and self.adapter not in self.layer.lora_embedding_A
+        if self.is_embedding:
+            return self.adapter not in self.layer.lora_embedding_A
+        return self.adapter not in self.layer._modules["lora_A"]._modules
 
     @property
     def P_parameter(self) -> nn.Parameter:
@@ -83,7 +82,7 @@ class TripletHandle:
             return self.whole["P"]
         if self.is_embedding:
             return cast(nn.Parameter, self.layer.lora_embedding_A[self.adapter])
-        return cast(nn.Parameter, self.layer.lora_B[self.adapter].weight)
+        return _weight(self.layer._modules["lora_B"]._modules[self.adapter])
 
     @property
     def Q_parameter(self) -> nn.Parameter:
@@ -92,14 +91,14 @@ class TripletHandle:
             return self.whole["Q"]
         if self.is_embedding:
             return cast(nn.Parameter, self.layer.lora_embedding_B[self.adapter])
-        return cast(nn.Parameter, self.layer.lora_A[self.adapter].weight)
+        return _weight(self.layer._modules["lora_A"]._modules[self.adapter])
 
     @property
     def lambda_parameter(self) -> nn.Parameter | None:
         """The parameter behind λ, [groups · r]; None where P carries it."""
         if self.whole:
             return self.whole.get("lambda")
-        weights = getattr(self.layer, "lora_lambda", None)
+        weights = self.layer._modules.get("lora_lambda")
         return cast(nn.Parameter, weights[self.adapter]) if weights is not None and self.adapter in weights else None
 
     @property
@@ -110,6 +109,15 @@ class TripletHandle:
         found = {"P": (self.P_parameter, self.P_dim), "Q": (self.Q_parameter, self.Q_dim)}
         weights = self.lambda_parameter
         return found if weights is None else {**found, "lambda": (weights, 0)}
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of `factors`, P's first."""
+        if self.removed:
+            return []
+        weights = self.lambda_parameter
+        found = [self.P_parameter, self.Q_parameter]
+        return found if weights is None else [*found, weights]
 
     @property
     def sharded(self) -> dict[str, nn.Parameter]:
@@ -138,11 +146,16 @@ class TripletHandle:
 
     def as_P(self, tensor: Tensor) -> Tensor:
         """View a tensor shaped like `P_parameter` (it, its gradient, a moment) as [d_out, r]."""
-        return tensor.T if self.is_embedding else tensor.flatten(1)
+        if self.is_embedding:
+            return tensor.T
+        return tensor if tensor.dim() == 2 else tensor.flatten(1)
 
     def as_Q(self, tensor: Tensor) -> Tensor:
         """A tensor shaped like `Q_parameter` as [r, groups · d_in]: a view, but for several groups a copy."""
-        return tensor.T if self.is_embedding else self.by_group(tensor.flatten(1)).transpose(0, 1).flatten(1)
+        if self.is_embedding:
+            return tensor.T
+        flat = tensor if tensor.dim() == 2 else tensor.flatten(1)
+        return flat if self.groups == 1 else self.by_group(flat).transpose(0, 1).flatten(1)
 
     def by_group(self, tensor: Tensor) -> Tensor:
         """View something whose rows lie group after group as [groups, …]."""
@@ -151,12 +164,14 @@ class TripletHandle:
     @property
     def P_or(self) -> Tensor:
         """P, [d_out, r], sharing the parameter's memory, outside the graph."""
-        return self.as_P(_dense(self.P_parameter).detach())
+        P = _dense(self.P_parameter).detach()
+        return P if P.dim() == 2 and not self.is_embedding else self.as_P(P)
 
     @property
     def Q_ri(self) -> Tensor:
         """Q, [r, groups · d_in], outside the graph; shares the parameter's memory where there is one group."""
-        return self.as_Q(_dense(self.Q_parameter).detach())
+        Q = _dense(self.Q_parameter).detach()
+        return Q if Q.dim() == 2 and not self.is_embedding else self.as_Q(Q)
 
     @property
     def P_gor(self) -> Tensor:
@@ -242,6 +257,12 @@ class TripletHandle:
             "rank": self.rank,
             "parameters_per_triplet": self.parameters_per_triplet,
         }
+
+
+def _weight(module: Any) -> nn.Parameter:
+    """A module's weight, past nn.Module's slow look-up: every step asks for all of them."""
+    found = module._parameters.get("weight")
+    return cast(nn.Parameter, module.weight if found is None else found)
 
 
 def _dense(parameter: nn.Parameter) -> nn.Parameter:

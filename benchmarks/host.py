@@ -1,0 +1,79 @@
+"""The host's part of a step: what a training waits for that is bound by the host, as small models on a GPU are.
+
+Kernels of a narrow model on a few tokens take next to nothing, so the processor time of a step is that of Python, of
+autograd and of the calls themselves. AdamW works through lists of tensors, as it does on a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from benchmarks.measuring import ratios
+from benchmarks.models import MINILM, Training, batch, training
+
+NARROW = replace(MINILM, hidden=48, intermediate=96, batch=1, length=4)
+LONG = 100_000  # steps of a run that stays in its phase; as few records as in a real one
+PHASES: dict[str, dict[str, Any]] = {
+    "warmup": {"steps": LONG},
+    "decrease": {"steps": LONG, "warmup": 1, "allocation_interval": 10_000},
+    "final": {"steps": 25},
+}
+PARTS = ("forward", "backward", "optimizer and controller")
+
+
+def host(*, turns: int = 150) -> dict[str, Any]:
+    """Processor time of a step relative to LoRA's, phase by phase, and of its parts in milliseconds; medians."""
+    return {
+        f"dropout {dropout}": {phase: _against_lora(phase, dropout=dropout, turns=turns) for phase in PHASES}
+        for dropout in (0.0, 0.1)
+    }
+
+
+def _against_lora(phase: str, *, dropout: float, turns: int) -> dict[str, Any]:
+    runs = {"lora": _training("lora", dropout=dropout), "ours": _training("ours", dropout=dropout, **PHASES[phase])}
+    controller = runs["ours"].controller
+    runs["ours"].skip_to(phase)
+    seconds: dict[str, list[list[float]]] = {name: [] for name in runs}
+    for turn in range(turns):
+        for name in sorted(runs, reverse=turn % 2 == 0):
+            controller.finished = name == "lora"  # LoRA's steps are those of a process without us
+            seconds[name].append(_step(runs[name]))
+    del runs, controller
+    gc.collect()  # attached models of earlier phases would look at the optimizers of later ones
+    warm = {name: own[10:] for name, own in seconds.items()}
+    found: dict[str, Any] = ratios({name: [sum(parts) for parts in own] for name, own in warm.items()})["ours"]
+    found["ms"] = {
+        name: {part: 1e3 * statistics.median(times) for part, times in zip(PARTS, zip(*own))}
+        for name, own in warm.items()
+    }
+    return found
+
+
+def _training(method: str, *, dropout: float, **options: Any) -> Training:
+    run = training(method, NARROW, dropout=dropout, **options)
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    run.optimizer = torch.optim.AdamW(trained, lr=1e-3, foreach=True)
+    return run
+
+
+def _step(run: Training) -> list[float]:
+    """Seconds of processor time of the parts of one step."""
+    losses: list[Any] = []
+    inputs = batch(run.shape, 0, run.device)
+    forward = _seconds(lambda: losses.append(run.model(**inputs).loss))
+    backward = _seconds(lambda: losses.pop().backward())
+    update = _seconds(run.optimizer.step)
+    run.optimizer.zero_grad()
+    return [forward, backward, update]
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    start = time.process_time()
+    action()
+    return time.process_time() - start
