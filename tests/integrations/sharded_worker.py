@@ -1,14 +1,14 @@
-"""What each of two processes runs under FSDP2, started by torchrun; rank 0 writes the results.
+"""What each of two processes runs under FSDP2, begun by `launching.serve`; rank 0 writes the results.
 
-Usage: torchrun --nproc_per_node 2 sharded_worker.py FOLDER CASE …
+Usage: python sharded_worker.py FOLDER CASE …
 """
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from launching import gathered, serve
+from net_runs import STEPS, Net
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_resume_loops import Net
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 import adalora
 from adalora.integrations.fsdp import ControllerState, save_adapter
+from resuming import adamw, told
 
-STEPS = 30
 MOMENTS = [2, 4, 9, 10, 17]  # in the warm-up, after the hand-over, between masks and in the final phase
 
 
@@ -57,10 +57,6 @@ def shard(model, mesh=None):
     for layer in (net.first, net.second, net.third):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-
-
-def adamw(model):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 
 def step(model, optimizer, number, *, part):
@@ -205,10 +201,6 @@ def compacted(folder):
     with torch.no_grad():
         difference = float((model.eval()(x) - alone.eval()(x)).abs().max())
     return {"saved": saved, "ranks": single.ranks, "step": controller.step, "difference": difference}
-
-
-def told(controller):
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in controller.history.records]
 
 
 def states(model, optimizer, controller):

@@ -11,7 +11,8 @@ import time
 
 import pytest
 import torch
-from test_resume_trainer import make, outcome
+from bert_runs import make
+from test_resume_trainer import outcome
 from transformers import TrainerCallback
 
 import adalora
@@ -161,7 +162,7 @@ def spy(name):
 pickle.load, pickle.loads = spy("load"), spy("loads")
 import torch
 sys.path.insert(0, sys.argv[2])
-from test_resume_loops import attach, lora
+from net_runs import attach, lora
 from adalora.lora.checkpoint import read_state, write_state
 controller = attach(lora())
 write_state(sys.argv[1], controller.state_dict())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -15,28 +15,21 @@ from adalora.lora.triplets import TripletHandle
 StepWeights: TypeAlias = dict[torch.device, tuple[Tensor, Tensor]]
 
 
-class LeftAverages:
-    """P of all layers with one shape of P, and with them the λ.
+class _Averages(ABC):
+    """Layers of one shape.
 
     Attributes:
         members: Numbers of the layers among all of the adapter, in the order of the stack's rows.
-        factors: Averages of P, [k, d_out, r].
-        weights: Averages of λ, [k, r].
+        factors: Averages of P or Q, for each layer one.
     """
 
     def __init__(self) -> None:
         self.members: list[int] = []
 
-    def start(self, handles: list[TripletHandle]) -> None:
-        """Averages of zero for the layers that `members` counts."""
-        self.handles = handles
-        P_or = handles[0].P_or
-        stack = P_or.expand(len(handles), *P_or.shape)
-        self.factors = SmoothedImportance.zeros_like(stack)
-        self.weights = SmoothedImportance.zeros_like(stack[:, 0])
-
     def observe(self, *, beta1: float, beta2: float, unscale: float, weights: StepWeights) -> None:
         """Take in weights and gradients as they are; a layer without a gradient keeps what it had.
+
+        That may be an unused module, or an expert without tokens.
 
         Args:
             beta1: β1 of Eq. 10.
@@ -44,53 +37,66 @@ class LeftAverages:
             unscale: What every gradient is multiplied with.
             weights: From `step_weights`, for each device.
         """
-        present = _present(self.handles, lambda h: h.P_parameter.grad)
+        present = [k for k, h in enumerate(self.handles) if self._parameter(h).grad is not None]
         if not present:
             return
-        handles = [self.handles[k] for k in present]
+        for average, product in self._products([self.handles[k] for k in present], unscale):
+            _update(average, product, present, beta1=beta1, beta2=beta2, weights=weights)
+
+    def start(self, handles: list[TripletHandle]) -> None:
+        """Averages of zero for the layers that `members` counts."""
+        self.handles = handles
+        self.factors = SmoothedImportance.zeros_like(self._factor(handles[0]).expand(len(handles), -1, -1))
+
+    @abstractmethod
+    def _parameter(self, handle: TripletHandle) -> torch.nn.Parameter:
+        """What the layer's gradient is of."""
+
+    @abstractmethod
+    def _factor(self, handle: TripletHandle) -> Tensor:
+        """P or Q of a layer."""
+
+    @abstractmethod
+    def _products(self, handles: list[TripletHandle], unscale: float) -> list[tuple[SmoothedImportance, Tensor]]:
+        """Weight times gradient for some of the layers, each with the averages that it goes into."""
+
+
+class LeftAverages(_Averages):
+    """P of all layers with one shape of P, [k, d_out, r], and with them the λ, [k, r]."""
+
+    def start(self, handles: list[TripletHandle]) -> None:
+        """Averages of zero for the layers that `members` counts."""
+        super().start(handles)
+        self.weights = SmoothedImportance.zeros_like(self.factors.sensitivity[:, 0])
+
+    def _parameter(self, handle: TripletHandle) -> torch.nn.Parameter:
+        return handle.P_parameter
+
+    def _factor(self, handle: TripletHandle) -> Tensor:
+        return handle.P_or
+
+    def _products(self, handles: list[TripletHandle], unscale: float) -> list[tuple[SmoothedImportance, Tensor]]:
         P = torch.stack([h.P_or for h in handles])
         gradient = torch.stack([h.as_P(_gradient(h.P_parameter)) for h in handles])
         product, totals = left_products(P, _unscaled(gradient, unscale))
         if handles[0].lambda_parameter is not None:
             totals = _unscaled(torch.stack([_lambda_product(h) for h in handles]), unscale)
-        _update(self.factors, product, present, beta1=beta1, beta2=beta2, weights=weights)
-        _update(self.weights, totals, present, beta1=beta1, beta2=beta2, weights=weights)
+        return [(self.factors, product), (self.weights, totals)]
 
 
-class RightAverages:
-    """Q of all layers with one shape of Q.
+class RightAverages(_Averages):
+    """Q of all layers with one shape of Q, [k, r, groups · d_in]."""
 
-    Attributes:
-        members: Numbers of the layers among all of the adapter, in the order of the stack's rows.
-        factors: Averages of Q, [k, r, groups · d_in].
-    """
+    def _parameter(self, handle: TripletHandle) -> torch.nn.Parameter:
+        return handle.Q_parameter
 
-    def __init__(self) -> None:
-        self.members: list[int] = []
+    def _factor(self, handle: TripletHandle) -> Tensor:
+        return handle.Q_ri
 
-    def start(self, handles: list[TripletHandle]) -> None:
-        """Averages of zero for the layers that `members` counts."""
-        self.handles = handles
-        Q_ri = handles[0].Q_ri
-        self.factors = SmoothedImportance.zeros_like(Q_ri.expand(len(handles), *Q_ri.shape))
-
-    def observe(self, *, beta1: float, beta2: float, unscale: float, weights: StepWeights) -> None:
-        """Take in weights and gradients as they are; a layer without a gradient keeps what it had.
-
-        Args:
-            beta1: β1 of Eq. 10.
-            beta2: β2 of Eq. 11.
-            unscale: What every gradient is multiplied with.
-            weights: From `step_weights`, for each device.
-        """
-        present = _present(self.handles, lambda h: h.Q_parameter.grad)
-        if not present:
-            return
-        handles = [self.handles[k] for k in present]
+    def _products(self, handles: list[TripletHandle], unscale: float) -> list[tuple[SmoothedImportance, Tensor]]:
         Q = torch.stack([h.Q_ri for h in handles])
         gradient = torch.stack([h.as_Q(_gradient(h.Q_parameter)) for h in handles])
-        product = right_products(Q, _unscaled(gradient, unscale))
-        _update(self.factors, product, present, beta1=beta1, beta2=beta2, weights=weights)
+        return [(self.factors, right_products(Q, _unscaled(gradient, unscale)))]
 
 
 def _gradient(parameter: torch.nn.Parameter) -> Tensor:
@@ -109,11 +115,6 @@ def _lambda_product(h: TripletHandle) -> Tensor:
     if weights.grad is None:
         return torch.zeros(h.rank, device=weights.device)
     return h.by_group(weights.detach().float() * weights.grad.float()).sum(dim=0)
-
-
-def _present(handles: list[TripletHandle], gradient: Callable[[TripletHandle], Tensor | None]) -> list[int]:
-    """Layers that got a gradient this step: an unused module or an expert without tokens has none."""
-    return [k for k, h in enumerate(handles) if gradient(h) is not None]
 
 
 def all_finite(gradients: list[Tensor]) -> Tensor:
