@@ -24,7 +24,8 @@ import adalora
 from adalora.integrations.fsdp import ControllerState, save_adapter
 from resuming import adamw, told
 
-MOMENTS = [2, 4, 9, 10, 17]  # in the warm-up, after the hand-over, between masks and in the final phase
+# In the warm-up, after the hand-over, at and between masks, in the final phase; what λ adds is alike at all of them.
+MOMENTS = {"plain": [2, 4, 9, 10, 17], "svd": [9, 17]}
 
 
 def lora():
@@ -141,16 +142,17 @@ def check_saved(model, controller, folder):
     return ranks
 
 
-def resumed(folder, settings):
+def resumed(folder, name):
     """Through a distributed checkpoint, at every kind of moment: bit for bit the run that was left alone."""
+    settings, moments = SETTINGS[name], MOMENTS[name]
     model, controller, optimizer = begin(settings)
     for number in range(STEPS):
-        if number in MOMENTS:
+        if number in moments:
             dcp.save(states(model, optimizer, controller), checkpoint_id=folder / f"at{number}")
         step(model, optimizer, number, part=mine())
     controller.finalize()
     expected, history = whole(model), told(controller)
-    for moment in MOMENTS:
+    for moment in moments:
         torch.manual_seed(100 + moment)
         again, its_controller, its_optimizer = begin(settings)
         held = states(again, its_optimizer, its_controller)
@@ -173,7 +175,7 @@ def resumed(folder, settings):
     single.finalize()
     assert single.ranks == controller.ranks
     return {
-        "moments": MOMENTS,
+        "moments": moments,
         "ranks": gathered(controller.ranks),
         "in_memory": sum(h.rank for h in controller.handles),
         "in_memory_alone": sum(h.rank for h in single.handles),
@@ -247,7 +249,7 @@ def run(case, folder):
     if kind in ("refusals", "compacted"):
         return {"refusals": refusals, "compacted": compacted}[kind](folder)
     if kind == "resumed":
-        return resumed(folder, SETTINGS[name])
+        return resumed(folder, name)
     mesh = init_device_mesh("cpu", MESHES[name], mesh_dim_names=("replicas", "shards")) if name in MESHES else None
     return compare(folder, SETTINGS[name], mesh)
 

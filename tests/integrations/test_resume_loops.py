@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from launching import HANGS
 from net_runs import STEPS, Net, attach, lora, one_step
 from peft import LoraConfig, get_peft_model
 
@@ -43,16 +44,15 @@ def whole_run(**settings):
     return outcome(model, controller)
 
 
-IMPORTANCES = ["sensitivity_uncertainty", "random", "magnitude"]
+# The moments differ for averages alone.
+SCORED = [(moment, "sensitivity_uncertainty") for moment in MOMENTS]
+SCORED += [(moment, importance) for moment in (10, 17) for importance in ("random", "magnitude")]
 
 
-@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize(("moment", "importance"), SCORED)
 @pytest.mark.parametrize("optimizer_first", [False, True])
-@pytest.mark.parametrize("moment", MOMENTS)
 def test_raw_loop(tmp_path, moment, optimizer_first, importance):
     """Through `torch.save`, whichever of controller and optimizer comes first."""
-    if importance != "sensitivity_uncertainty" and moment not in (10, 17):
-        pytest.skip("the moments differ for averages alone")
     found = resumed(
         lambda: begin(importance=importance), train, steps=STEPS, moment=moment, optimizer_first=optimizer_first,
         file=tmp_path / "state",
@@ -318,7 +318,7 @@ def test_killed_at_random_moments_it_always_goes_on_from_the_newest_whole_checkp
     finally:
         process.stdin.close()
         process.stdout.close()
-        process.wait(20)
+        process.wait(HANGS)
     assert kills >= 20
     assert len(set(steps_at)) > 3
     assert begun[1:] == steps_at

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from launching import HANGS
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2ForSequenceClassification
@@ -159,7 +160,7 @@ def runs(tmp_path_factory):
         cases += of_run
     (folder / "cases.json").write_text(json.dumps(cases))
     done = subprocess.run(
-        [sys.executable, "-c", LOADER, str(folder)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", LOADER, str(folder)], capture_output=True, text=True, timeout=HANGS, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), controllers, folder

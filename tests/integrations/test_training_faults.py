@@ -224,7 +224,7 @@ def test_no_pickle_is_read(tmp_path):
     """Neither by the state's code, nor anywhere in the source."""
     done = subprocess.run(
         [sys.executable, "-c", SPY, str(tmp_path), os.path.dirname(__file__)],
-        capture_output=True, text=True, timeout=600, check=False,
+        capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

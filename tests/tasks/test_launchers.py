@@ -29,7 +29,7 @@ def start(launcher, recipe):
     program, *arguments = LAUNCHERS[launcher].replace("recipe.yaml", str(recipe)).split()
     return subprocess.run(
         [sys.executable, str(Path(sys.executable).with_name(program)), *arguments],
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=1800, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
 
