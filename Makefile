@@ -55,7 +55,7 @@ docs: $(VENV)/.dev
 # Branches too, of processes that tests start as well; `htmlcov/` shows which were not taken. In `core` and `lora` none
 # may be missing: a line that cannot be reached here has its reason beside it.
 coverage: $(VENV)/.dev
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered --cov-report=html
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov --cov-report=term-missing:skip-covered --cov-report=html
 	$(BIN)/coverage report --include='*/adalora/core/*,*/adalora/lora/*' --fail-under=100
 
 # What a user gets: the wheel alone, in an environment of its own, far from the sources. Its dependencies are those of

@@ -67,7 +67,11 @@ for save in (
 def test_files_that_every_library_cannot_write_are_known(tmp_path):
     """A real write that fails half-way: a limit on the size of files stands for the end of the disk."""
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path / "file")], capture_output=True, text=True, timeout=300, check=True
+        [sys.executable, "-c", LIMITED, str(tmp_path / "file")],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=True,
     )
     lines = done.stdout.splitlines()
     assert len(lines) == 4

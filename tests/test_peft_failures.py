@@ -12,10 +12,10 @@ import torch
 from peft import AdaLoraConfig as PeftAdaLoraConfig
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.utils.data import Dataset
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import adalora
+from tiny_bert import Tokens, bert
 
 STEPS = 30
 
@@ -165,26 +165,6 @@ def test_05_tied_scores_keep_the_budget(kind):
         assert kept == 4
 
 
-class Tokens(Dataset):
-    """Random sentences."""
-
-    def __init__(self, size):
-        self.inputs = torch.randint(0, 100, (size, 10), generator=torch.Generator().manual_seed(0))
-
-    def __len__(self):
-        return len(self.inputs)
-
-    def __getitem__(self, i):
-        return {"input_ids": self.inputs[i], "labels": int(self.inputs[i, 0] > 50)}
-
-
-def bert():
-    torch.manual_seed(3)
-    return BertForSequenceClassification(
-        BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
-    )
-
-
 class Allocate(TrainerCallback):
     """The right place for PEFT's call."""
 
@@ -196,11 +176,11 @@ def trainer_of(kind, folder, **settings):
     torch.manual_seed(2)
     common = {"lora_alpha": 12, "task_type": "SEQ_CLS", "target_modules": ["query", "value", "dense"]}
     if kind is Ours:
-        model = get_peft_model(bert(), LoraConfig(r=6, **common))
+        model = get_peft_model(bert(layers=1), LoraConfig(r=6, **common))
         callback = adalora.AdaLoraCallback(target_rank=2, allocation_interval=1)
     else:
         config = PeftAdaLoraConfig(init_r=6, target_r=2, total_step=16, tinit=2, tfinal=6, deltaT=1, **common)
-        model, callback = get_peft_model(bert(), config), Allocate()
+        model, callback = get_peft_model(bert(layers=1), config), Allocate()
     arguments = {
         "max_steps": 16, "save_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "report_to": [],
         "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False, "logging_steps": 4, **settings,
@@ -293,9 +273,15 @@ class WithLoss(Net):
         return y if self.returns == "plain" else Output()
 
 
-def regulariser_move(kind, *, micro, output_type="object"):
-    """How far Q moves by the regulariser alone in one optimizer step."""
-    base = WithLoss()
+def regulariser_move(kind, losses, *, base=None):
+    """How far Q moves by the regulariser alone in one optimizer step.
+
+    Args:
+        kind: `Ours` or `Peft`.
+        losses: Takes the model and gives the losses that are differentiated one after the other.
+        base: The network under the adapter.
+    """
+    base = base or WithLoss()
     run = kind(base, warmup=0, handover=False) if kind is Ours else kind(base)
     with torch.no_grad():
         for name, parameter in run.model.named_parameters():
@@ -303,13 +289,8 @@ def regulariser_move(kind, *, micro, output_type="object"):
                 parameter.fill_(0.3)
     before = {n: p.detach().clone() for n, p in run.model.named_parameters() if ".lora_A." in n}
     optimizer = torch.optim.SGD([p for p in run.model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(micro):
-        base.computed = output_type
-        result = run.model.base_model(torch.randn(4, 8))  # as PEFT's classes for tasks do
-        if output_type == "object":
-            (result.loss / micro).backward()
-        else:  # a loss of the user's own
-            (result.logits * 0).sum().div(micro).backward()
+    for loss in losses(run.model.base_model):  # as PEFT's classes for tasks call it
+        loss.backward()
     optimizer.step()
     after = dict(run.model.named_parameters())
     return sum(float((after[n] - value).detach().norm()) for n, value in before.items() if n in after)
@@ -322,9 +303,18 @@ def test_11_the_regulariser_does_not_hang_on_a_custom_loss(kind, computed):
 
     "no loss" is the Trainer's label smoothing, which keeps the labels from the model.
     """
-    wanted = regulariser_move(kind, micro=1)
+
+    def of_the_model(model):
+        yield model(torch.randn(4, 8)).loss
+
+    def of_the_user(model):
+        yield (model(torch.randn(4, 8)).logits * 0).sum()
+
+    base = WithLoss()
+    base.computed = computed
+    wanted = regulariser_move(kind, of_the_model)
     assert wanted > 0
-    assert regulariser_move(kind, micro=1, output_type=computed) == pytest.approx(wanted, rel=1e-4)
+    assert regulariser_move(kind, of_the_user, base=base) == pytest.approx(wanted, rel=1e-4)
 
 
 @BOTH
@@ -335,18 +325,10 @@ def test_12_tuples_and_dictionaries_are_regularised_too(kind):
         def forward(self, x):
             return {"loss": super().forward(x).loss}
 
-    base = Plain()
-    run = kind(base, warmup=0, handover=False) if kind is Ours else kind(base)
-    with torch.no_grad():
-        for name, parameter in run.model.named_parameters():
-            if ".lora_A." in name:
-                parameter.fill_(0.3)
-    before = {n: p.detach().clone() for n, p in run.model.named_parameters() if ".lora_A." in n}
-    optimizer = torch.optim.SGD([p for p in run.model.parameters() if p.requires_grad], lr=1e-2)
-    run.model.base_model(torch.randn(4, 8))["loss"].backward()
-    optimizer.step()
-    after = dict(run.model.named_parameters())
-    assert sum(float((after[n] - value).detach().norm()) for n, value in before.items()) > 0
+    def losses(model):
+        yield model(torch.randn(4, 8))["loss"]
+
+    assert regulariser_move(kind, losses, base=Plain()) > 0
 
 
 @BOTH
@@ -354,19 +336,11 @@ def test_13_the_regulariser_does_not_scale_with_accumulation(kind):
     """PEFT: `num_items_in_batch` losses are summed over micro-batches, and with them one regulariser each."""
 
     def move(micro):
-        base = WithLoss()
-        run = kind(base, warmup=0, handover=False) if kind is Ours else kind(base)
-        with torch.no_grad():
-            for name, parameter in run.model.named_parameters():
-                if ".lora_A." in name:
-                    parameter.fill_(0.3)
-        before = {n: p.detach().clone() for n, p in run.model.named_parameters() if ".lora_A." in n}
-        optimizer = torch.optim.SGD([p for p in run.model.parameters() if p.requires_grad], lr=1e-2)
-        for _ in range(micro):
-            run.model.base_model(torch.randn(4, 8)).loss.backward()  # the loss is divided by all items already
-        optimizer.step()
-        after = dict(run.model.named_parameters())
-        return sum(float((after[n] - value).detach().norm()) for n, value in before.items())
+        def losses(model):
+            for _ in range(micro):
+                yield model(torch.randn(4, 8)).loss  # divided by all items already
+
+        return regulariser_move(kind, losses)
 
     assert move(4) == pytest.approx(move(1), rel=1e-3)
 

@@ -1,32 +1,22 @@
 import json
 
 import pytest
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
-WORDS = ["good", "bad", "nice", "awful", "flight", "bag", "the", "was", "my", "lost"]
+from tiny_bert import mood, save_encoder
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A folder with a random BERT and its tokenizer."""
     folder = tmp_path_factory.mktemp("tiny")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    BertModel(BertConfig(vocab_size=15, **shape, **dropout)).save_pretrained(folder)
+    save_encoder(folder)
     return folder
 
 
 @pytest.fixture
 def recipe_file(tmp_path, tiny_model):
     """A recipe on sentences whose first word decides the label."""
-    moods = {"good": "positive", "nice": "positive", "bad": "negative", "awful": "negative"}
-    rows = [
-        {"text": f"{first} {WORDS[4 + n % 6]} {WORDS[4 + n % 5]}", "label": moods[first]}
-        for n in range(96)
-        for first in [list(moods)[n % 4]]
-    ]
+    rows = [dict(zip(("text", "label"), mood(n))) for n in range(96)]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     fields = {

@@ -112,14 +112,17 @@ def scheduled(*, initial_budget, target_budget, warmup, final, total, shape="cub
     )
 
 
+SPANS = {
+    "warmup": st.integers(0, 50),
+    "decrease": st.integers(1, 200),
+    "final": st.integers(1, 50),
+    "target": st.integers(1, 300),
+    "surplus": st.integers(0, 3000),
+}
+
+
 @settings(max_examples=200, deadline=None)
-@given(
-    warmup=st.integers(0, 50),
-    decrease=st.integers(1, 200),
-    final=st.integers(1, 50),
-    target=st.integers(1, 300),
-    surplus=st.integers(0, 3000),
-)
+@given(**SPANS)
 def test_budget_is_that_of_exact_fractions(warmup, decrease, final, target, surplus):
     total = warmup + decrease + final
     given_ = {
@@ -140,11 +143,7 @@ def test_budget_is_that_of_exact_fractions(warmup, decrease, final, target, surp
 
 @settings(max_examples=200, deadline=None)
 @given(
-    warmup=st.integers(0, 50),
-    decrease=st.integers(1, 200),
-    final=st.integers(1, 50),
-    target=st.integers(1, 300),
-    surplus=st.integers(0, 3000),
+    **SPANS,
     shape=st.one_of(st.sampled_from(["linear", "step", "constant"]), st.integers(1, 9).map(float), st.floats(0.1, 12)),
 )
 def test_budget_of_every_shape(warmup, decrease, final, target, surplus, shape):

@@ -13,7 +13,9 @@ NOTEBOOK = Path(__file__).parents[2] / "examples" / "where-the-rank-went.ipynb"
 def executed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebook")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(
+        notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
     return client.execute(), folder
 
 

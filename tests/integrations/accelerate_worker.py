@@ -1,7 +1,7 @@
-"""FSDP2 by Accelerate and by the Trainer in each of two processes, started by torchrun; rank 0 writes the results.
+"""FSDP2 by Accelerate and by the Trainer in each of two processes; rank 0 writes the results.
 
 Accelerate takes FSDP for GPUs alone, though all that it does then works on a CPU as well: `as_on_gpus` says that there
-are some. Usage: torchrun --nproc_per_node 2 accelerate_worker.py FOLDER CASE …
+are some. Usage: python accelerate_worker.py FOLDER CASE …
 """
 
 import contextlib
@@ -12,28 +12,16 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from distributed_worker import still_losses
 from launching import gathered, serve
-from peft import LoraConfig, PeftModel, get_peft_model
-from sharded_worker import (
-    STEPS,
-    adamw,
-    attach,
-    check_saved,
-    delta_weights,
-    lora,
-    masks,
-    mine,
-    told,
-    whole,
-)  # fmt: skip
-from test_resume_trainer import Tokens, bert
+from net_runs import STEPS
+from sharded_worker import attach, check_saved, delta_weights, lora, masks, mine, whole
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from trainer_pairs import distance_to_saved, make_of_pair, still_losses
 
 import adalora
 from adalora.integrations.accelerate import register
 from adalora.integrations.fsdp import save_adapter
+from resuming import adamw, told
 
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}
 MOMENTS = [2, 9, 17]
@@ -128,47 +116,17 @@ def through_accelerate(folder, **plugin):
     }
 
 
-class Watch(TrainerCallback):
-    """Controller steps beside the trainer's, and whether parameters are sharded."""
-
-    def __init__(self):
-        self.steps, self.sharded = [], []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        (controller,) = adalora.controllers(kwargs["model"]).values()
-        self.steps.append([state.global_step, controller.step])
-        self.sharded.append(controller.is_sharded)
-
-
-def trainer_run(folder, resume=None, **arguments):
-    torch.manual_seed(3)
-    config = LoraConfig(r=6, lora_alpha=12, task_type="SEQ_CLS", target_modules=r".*encoder.*\.(query|dense)")
-    callback, watch = adalora.AdaLoraCallback(target_rank=2, allocation_interval=2), Watch()
-    trainer = Trainer(
-        model=get_peft_model(bert(), config),
-        args=TrainingArguments(
-            output_dir=str(folder), max_steps=16, save_steps=4, per_device_train_batch_size=4, learning_rate=5e-3,
-            gradient_accumulation_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=4,
-            dataloader_pin_memory=False, fsdp=True,
-            fsdp_config=dict(FSDP), **arguments,
-        ),
-        train_dataset=Tokens(64),
-        callbacks=[callback, watch],
-    )  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer, callback.controller, watch
+def trainer_run(folder, resume=None, **more):
+    made = make_of_pair(folder, target_rank=2, fsdp=True, fsdp_config=dict(FSDP), **more)
+    made[0].train(resume_from_checkpoint=resume)
+    return made
 
 
 def through_trainer(folder):
     trainer, controller, watch = trainer_run(folder / "whole")
-    inputs = Tokens(8).inputs
     save_adapter(controller, folder / "adapter")
-    stock = PeftModel.from_pretrained(bert(), folder / "adapter").eval()
-    with torch.no_grad():
-        live = trainer.model.eval()(input_ids=inputs).logits
-        difference = float((stock(input_ids=inputs).logits - live).abs().max())
-        checkpoint = PeftModel.from_pretrained(bert(), folder / "whole" / "checkpoint-16").eval()
-        of_checkpoint = float((checkpoint(input_ids=inputs).logits - live).abs().max())
+    difference = distance_to_saved(trainer, folder / "adapter")
+    of_checkpoint = distance_to_saved(trainer, folder / "whole" / "checkpoint-16")
     weights = whole(trainer.model)
     dist.barrier()
     checkpoint, refused = str(folder / "whole" / "checkpoint-8"), ""

@@ -1,6 +1,6 @@
-"""What each of two processes runs under DDP, started by torchrun; rank 0 writes the results.
+"""What each of two processes runs under DDP, begun by `launching.serve`; rank 0 writes the results.
 
-Usage: torchrun --nproc_per_node 2 distributed_worker.py FOLDER CASE …
+Usage: python distributed_worker.py FOLDER CASE …
 """
 
 import copy
@@ -9,18 +9,18 @@ import lightning.pytorch as lightning
 import torch
 import torch.distributed as dist
 from launching import gathered, serve
-from peft import LoraConfig, PeftModel, get_peft_model
-from test_environments import assert_saved_equals_live, lightning_module
-from test_resume_loops import Net, adamw, attach, lora
-from test_resume_trainer import Tokens, bert
+from lightning_runs import lightning_module
+from net_runs import STEPS, Net, attach, lora
+from peft import PeftModel
+from plain_adapter import assert_saved_equals_live
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from trainer_pairs import distance_to_saved, make_of_pair, still_losses
 
-import adalora
 from adalora.errors import CompactionError
 from adalora.integrations.lightning import AdaLoraLightning
+from resuming import adamw
+from tiny_bert import Tokens, bert
 
-STEPS = 30
 MOMENTS = [2, 4, 7, 9, 16, 25]
 
 
@@ -140,88 +140,29 @@ def resumed(folder):
     return {"moments": MOMENTS, "ranks": gathered(ranks)}
 
 
-class Count(TrainerCallback):
-    """Controller steps beside the trainer's."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        (controller,) = adalora.controllers(kwargs["model"]).values()
-        self.steps.append([state.global_step, controller.step])
-
-
-def still_losses(folder, **arguments):
-    """What the Trainer reports where the weights stay where they are: by our callback, and without."""
-    found = {}
-    for name in ("ours", "plain"):
-        torch.manual_seed(3)
-        config = LoraConfig(r=6, lora_alpha=12, task_type="SEQ_CLS", target_modules=r".*encoder.*\.(query|dense)")
-        trainer = Trainer(
-            model=get_peft_model(bert(), config),
-            args=TrainingArguments(
-                output_dir=f"{folder}/still", max_steps=8, save_strategy="no", per_device_train_batch_size=4,
-                gradient_accumulation_steps=2, learning_rate=1e-9, report_to=[], use_cpu=True, disable_tqdm=True,
-                dataloader_pin_memory=False, logging_steps=1, **arguments,
-            ),
-            train_dataset=Tokens(64),
-            callbacks=[adalora.AdaLoraCallback(target_rank=2, allocation_interval=1)] if name == "ours" else [],
-        )  # fmt: skip
-        trainer.train()
-        found[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return found
-
-
 def through_trainer(folder):
-    """The Trainer wraps by itself; resumed in the middle it ends in the same weights."""
+    """Resumed from the middle; the checkpoint is the live model."""
 
     def make(name):
-        torch.manual_seed(3)
-        config = LoraConfig(r=6, lora_alpha=12, task_type="SEQ_CLS", target_modules=r".*encoder.*\.(query|dense)")
-        callback, count = adalora.AdaLoraCallback(target_rank=1, allocation_interval=2), Count()
-        trainer = Trainer(
-            model=get_peft_model(bert(), config),
-            args=TrainingArguments(
-                output_dir=f"{folder}/{name}",
-                max_steps=16,
-                save_steps=4,
-                per_device_train_batch_size=4,
-                gradient_accumulation_steps=2,
-                learning_rate=5e-3,
-                report_to=[],
-                use_cpu=True,
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
-                logging_steps=4,
-                ddp_find_unused_parameters=False,
-            ),
-            train_dataset=Tokens(64),
-            callbacks=[callback, count],
-        )
-        return trainer, callback, count
+        return make_of_pair(folder / name, target_rank=1, ddp_find_unused_parameters=False)
 
-    trainer, callback, count = make("whole")
+    trainer, controller, watch = make("whole")
     trainer.train()
-    inputs = {"input_ids": Tokens(8).inputs}
-    stock = PeftModel.from_pretrained(bert(), f"{folder}/whole/checkpoint-16").eval()
-    with torch.no_grad():
-        difference = (stock(**inputs).logits - trainer.model.eval()(**inputs).logits).abs().max()
-    whole = checksum(trainer.model)
-    whole_ranks = callback.controller.ranks
-    resumed, again, _ = make("resumed")
+    difference = distance_to_saved(trainer, folder / "whole" / "checkpoint-16")
+    resumed, its_controller, _ = make("resumed")
     dist.barrier()
-    resumed.train(resume_from_checkpoint=f"{folder}/whole/checkpoint-8")
+    resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-8"))
     return {
         "world": trainer.args.world_size,
-        "steps": count.steps,
-        "ranks": gathered(whole_ranks),
-        "same": gathered(whole),
+        "steps": watch.steps,
+        "ranks": gathered(controller.ranks),
+        "same": gathered(checksum(trainer.model)),
         "resumed": checksum(resumed.model),
-        "resumed_ranks": again.controller.ranks,
-        "target": callback.controller.target_budget,
-        "live": callback.controller.live,
-        "in_memory": sum(h.rank for h in callback.controller.handles),
-        "difference": float(difference),
+        "resumed_ranks": its_controller.ranks,
+        "target": controller.target_budget,
+        "live": controller.live,
+        "in_memory": sum(h.rank for h in controller.handles),
+        "difference": difference,
         "losses": still_losses(folder, ddp_find_unused_parameters=False),
     }
 

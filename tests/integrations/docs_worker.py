@@ -1,5 +1,7 @@
 """Runs the blocks of sections of docs/training.md, in each of several processes started by torchrun.
 
+What a section writes lies in a folder of its name.
+
 Usage: torchrun --nproc_per_node 2 docs_worker.py FOLDER SECTION …
 """
 
@@ -9,12 +11,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from test_resume_trainer import Tokens, bert
+from torch.distributed import distributed_c10d
 
 import adalora
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from docs_blocks import run, sections
+from tiny_bert import Tokens, bert
 
 DECODERS = ["TRL", "Quantised bases"]  # sections whose base generates text
 
@@ -26,7 +27,7 @@ def given(folder, title):
         batches = [{"input_ids": inputs, "labels": (inputs[:, 0] > 50).long()}] * 20
         return {"base": bert(), "fresh_base": bert, "dataset": Tokens(64), "batches": batches, "folder": str(folder)}
     import datasets
-    from test_environments import llama, sentence, tokenizer  # with TRL and Lightning: long to import
+    from llamas import llama, sentence, tokenizer
 
     base, inputs = llama(width=128), torch.randint(4, 64, (4, 10))
     base.save_pretrained(Path(folder) / "base")
@@ -47,8 +48,10 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     folder, *titles = sys.argv[1:]
-    for title in titles:
-        names = given(folder, title)
+    for number, title in enumerate(titles):
+        # The launcher's store keeps what groups have written under their numbers, and every section counts from here.
+        distributed_c10d._world.group_count = 100 * number
+        names = given(Path(folder) / title, title)
         for block in sections("docs/training.md")[title]:
             run(block, names, where=f"docs/training.md: {title}")
         if "trainer" in names:

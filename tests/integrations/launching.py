@@ -1,4 +1,8 @@
-"""Runs the workers of the tests with several processes: starting them takes longer than most cases, so they do many."""
+"""Runs the workers of the tests with several processes: importing takes longer than most cases.
+
+So a worker does many cases, and its processes are forks of one that has imported all. That the package works under the
+launchers that people use is another matter: `test_training_docs.py` and `tests/tasks/test_launchers.py` start those.
+"""
 
 import contextlib
 import datetime
@@ -12,15 +16,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import multiprocessing
 
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+PROCESSES = 2
 HANGS = 1800  # seconds; only a guard, for the machine may be busy with other things
 
 
 def start(command, **environment):
     """Run a command to its end; returns what it printed."""
-    fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    fixed = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=HANGS, check=False,
         env={**os.environ, **fixed, **environment},
@@ -30,11 +37,11 @@ def start(command, **environment):
 
 
 def launch(worker, cases, folder):
-    """Run cases of a worker in two processes, started once; returns a function that gives a case's result.
+    """Run cases of a worker in two processes, begun once; returns a function that gives a case's result.
 
     The result is what rank 0 returned. For a case that failed it raises an AssertionError with the traceback.
     """
-    start([*TORCHRUN, str(HERE / worker), str(folder), *cases])
+    start([sys.executable, str(HERE / worker), str(folder), *cases])
 
     def result(case):
         found = json.loads((folder / f"{case}.json").read_text())
@@ -45,15 +52,27 @@ def launch(worker, cases, folder):
 
 
 def serve(run):
-    """Inside a worker: `run(case, folder)` for every case on the command line, each in a folder of its own.
-
-    A case that fails in both processes is over and the next one begins; if it fails in one the other may wait for it,
-    so the rest is left out.
-    """
+    """Inside a worker: `run(case, folder)` for every case on the command line, each in a folder of its own."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    folder, cases = Path(sys.argv[1]), sys.argv[2:]
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=HANGS / 5))
+    folder, *cases = sys.argv[1:]
+    multiprocessing.start_processes(
+        _one_of_several, (run, Path(folder), cases), nprocs=PROCESSES, start_method="fork"
+    )  # ends all if one dies
+
+
+def _one_of_several(rank, run, folder, cases):
+    """What each process does.
+
+    A case that fails in both is over and the next one begins; if it fails in one the other may wait for it, so the
+    rest is left out.
+    """
+    size = str(PROCESSES)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES,
+        timeout=datetime.timedelta(seconds=HANGS / 5),
+    )  # fmt: skip
     for number, case in enumerate(cases):
         (folder / case).mkdir(exist_ok=True)
         result, failed = None, None

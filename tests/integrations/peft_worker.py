@@ -1,18 +1,18 @@
 """What users of PEFT's AdaLoRA run into with several processes, for either kind; fails where it fails.
 
-Usage: torchrun --nproc_per_node 2 peft_worker.py FOLDER CASE-KIND …
+Usage: python peft_worker.py FOLDER CASE-KIND …
 """
 
 import torch
 import torch.distributed as dist
 from launching import gathered, serve
+from net_runs import Net
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from test_resume_loops import Net
-from test_resume_trainer import Tokens, bert
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import adalora
+from tiny_bert import Tokens, bert
 
 STEPS = 20
 

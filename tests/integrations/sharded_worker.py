@@ -1,14 +1,14 @@
-"""What each of two processes runs under FSDP2, started by torchrun; rank 0 writes the results.
+"""What each of two processes runs under FSDP2, begun by `launching.serve`; rank 0 writes the results.
 
-Usage: torchrun --nproc_per_node 2 sharded_worker.py FOLDER CASE …
+Usage: python sharded_worker.py FOLDER CASE …
 """
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from launching import gathered, serve
+from net_runs import STEPS, Net
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_resume_loops import Net
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,9 +22,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 import adalora
 from adalora.integrations.fsdp import ControllerState, save_adapter
+from resuming import adamw, told
 
-STEPS = 30
-MOMENTS = [2, 4, 9, 10, 17]  # in the warm-up, after the hand-over, between masks and in the final phase
+# In the warm-up, after the hand-over, at and between masks, in the final phase; what λ adds is alike at all of them.
+MOMENTS = {"plain": [2, 4, 9, 10, 17], "svd": [9, 17]}
 
 
 def lora():
@@ -57,10 +58,6 @@ def shard(model, mesh=None):
     for layer in (net.first, net.second, net.third):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-
-
-def adamw(model):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 
 def step(model, optimizer, number, *, part):
@@ -145,16 +142,17 @@ def check_saved(model, controller, folder):
     return ranks
 
 
-def resumed(folder, settings):
+def resumed(folder, name):
     """Through a distributed checkpoint, at every kind of moment: bit for bit the run that was left alone."""
+    settings, moments = SETTINGS[name], MOMENTS[name]
     model, controller, optimizer = begin(settings)
     for number in range(STEPS):
-        if number in MOMENTS:
+        if number in moments:
             dcp.save(states(model, optimizer, controller), checkpoint_id=folder / f"at{number}")
         step(model, optimizer, number, part=mine())
     controller.finalize()
     expected, history = whole(model), told(controller)
-    for moment in MOMENTS:
+    for moment in moments:
         torch.manual_seed(100 + moment)
         again, its_controller, its_optimizer = begin(settings)
         held = states(again, its_optimizer, its_controller)
@@ -177,7 +175,7 @@ def resumed(folder, settings):
     single.finalize()
     assert single.ranks == controller.ranks
     return {
-        "moments": MOMENTS,
+        "moments": moments,
         "ranks": gathered(controller.ranks),
         "in_memory": sum(h.rank for h in controller.handles),
         "in_memory_alone": sum(h.rank for h in single.handles),
@@ -205,10 +203,6 @@ def compacted(folder):
     with torch.no_grad():
         difference = float((model.eval()(x) - alone.eval()(x)).abs().max())
     return {"saved": saved, "ranks": single.ranks, "step": controller.step, "difference": difference}
-
-
-def told(controller):
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in controller.history.records]
 
 
 def states(model, optimizer, controller):
@@ -255,7 +249,7 @@ def run(case, folder):
     if kind in ("refusals", "compacted"):
         return {"refusals": refusals, "compacted": compacted}[kind](folder)
     if kind == "resumed":
-        return resumed(folder, SETTINGS[name])
+        return resumed(folder, name)
     mesh = init_device_mesh("cpu", MESHES[name], mesh_dim_names=("replicas", "shards")) if name in MESHES else None
     return compare(folder, SETTINGS[name], mesh)
 

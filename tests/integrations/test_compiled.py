@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_environments import assert_saved_equals_live
-from test_resume_trainer import Tokens, bert
+from plain_adapter import assert_saved_equals_live
 from torch import nn
 
 import adalora
+from tiny_bert import Tokens, bert
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -7,22 +7,17 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 import trl
-from peft import LoraConfig, PeftModel
-from test_resume_trainer import Tokens, bert, lora, make
+from bert_runs import make
+from lightning_runs import lightning_module
+from llamas import llama, sentence, tokenizer
+from peft import LoraConfig
+from plain_adapter import assert_saved_equals_live
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import Trainer
 
 import adalora
 from adalora.integrations.lightning import AdaLoraLightning
-
-
-def assert_saved_equals_live(model, base, inputs, folder):
-    """Plain PEFT on a pristine base computes what the live model does."""
-    model.save_pretrained(folder)
-    loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
-    model.eval()
-    with torch.no_grad():
-        assert (loaded(**inputs).logits - model(**inputs).logits).abs().max() < 1e-4
+from tiny_bert import Tokens, bert
 
 
 class Summed(Trainer):
@@ -75,34 +70,6 @@ def test_trainer_variants(tmp_path, name):
         assert trainer.evaluate()["eval_loss"] == pytest.approx(float(wanted), abs=1e-5)
 
 
-def llama(width=32):
-    """A tiny random Llama."""
-    torch.manual_seed(4)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )
-    )  # fmt: skip
-
-
-def tokenizer():
-    """Words w0 … w59."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60))])}
-    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def sentence(start):
-    return " ".join(f"w{(start + 7 * i) % 60}" for i in range(12))
-
-
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 @pytest.mark.filterwarnings("ignore")
 def test_trl(tmp_path, kind):
@@ -140,35 +107,6 @@ def test_trl(tmp_path, kind):
     model = trainer.accelerator.unwrap_model(trainer.model)
     inputs = {"input_ids": torch.randint(4, 64, (2, 10))}
     assert_saved_equals_live(model, base, inputs, tmp_path / "adapter")
-
-
-def lightning_module(*, manual):
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.model = lora()
-            self.automatic_optimization = not manual
-
-        def training_step(self, batch, index):
-            # Data and dropout hang on the step alone: Lightning does not find its place within an epoch again.
-            torch.manual_seed(self.global_step)
-            inputs = torch.randint(0, 100, (4, 10))
-            labels = (inputs[:, 0] > 50).long()
-            outputs = self.model(input_ids=inputs, labels=labels)
-            loss = outputs.loss
-            self.task_loss = float(nn.functional.cross_entropy(outputs.logits, labels))
-            if manual:
-                optimizer = self.optimizers()
-                optimizer.zero_grad()
-                self.manual_backward(loss)
-                optimizer.step()
-            self.log("loss", loss)
-            return loss
-
-        def configure_optimizers(self):
-            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=5e-3)
-
-    return Module()
 
 
 @pytest.mark.parametrize("manual", [False, True])

@@ -4,8 +4,8 @@ import io
 
 import pytest
 import torch
+from llamas import llama
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_environments import llama
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 

@@ -10,14 +10,17 @@ import pytest
 import torch
 import trl
 from accelerate import Accelerator
+from bert_runs import lora, make
+from llamas import llama, sentence, tokenizer
 from peft import LoraConfig
-from test_environments import VARIANTS, Summed, assert_saved_equals_live, llama, sentence, tokenizer
-from test_resume_trainer import Tokens, bert, lora, make
+from plain_adapter import assert_saved_equals_live
+from test_environments import VARIANTS, Summed
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, set_seed
 
 import adalora
+from tiny_bert import Tokens, bert
 
 STILL = 1e-9
 STEPS = 12

@@ -7,110 +7,57 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from launching import HANGS
+from net_runs import STEPS, Net, attach, lora, one_step
 from peft import LoraConfig, get_peft_model
-from torch import nn
 
 import adalora
 from adalora.errors import CheckpointError
 from adalora.integrations.accelerate import register
 from adalora.lora.checkpoint import DESCRIPTION, TENSORS, is_whole, read_state, write_state
+from resuming import adamw, assert_equal, outcome, resumed
 
-STEPS = 30
+HERE = Path(__file__).parent
 # Warm-up ends with step 4, allocations follow from step 7 on, compaction comes with step 16.
 MOMENTS = [2, 4, 6, 7, 10, 16, 17, 25]
 
 
-class Net(nn.Module):
-    """Three layers in a row, with dropout from LoRA."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.third = nn.Linear(8, 12), nn.Linear(12, 10), nn.Linear(10, 4)
-
-    def forward(self, x):
-        return self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
+def begin(**settings):
+    model = lora()
+    return model, attach(model, **settings)
 
 
-def lora():
-    torch.manual_seed(1)
-    config = LoraConfig(r=6, lora_alpha=12, lora_dropout=0.1, target_modules=["first", "second", "third"])
-    return get_peft_model(Net(), config)
-
-
-def attach(model, **settings):
-    return adalora.attach(model, **{"target_rank": 1, "total_steps": STEPS, "allocation_interval": 3, **settings})
-
-
-def one_step(model, optimizer, step, backward=lambda loss: loss.backward()):
-    torch.manual_seed(1000 + step)
-    x, y = torch.randn(16, 8), torch.randn(16, 4)
-    loss = (model(x) - y).square().mean()
-    backward(loss)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
-
-
-def adamw(model):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-
-
-def outcome(model, controller):
-    history = [{k: v for k, v in r.items() if k != "seconds"} for r in controller.history.records]
-    return {k: v.clone() for k, v in model.state_dict().items()}, controller.ranks, history
-
-
-def assert_equal(first, second):
-    assert first[1:] == second[1:]
-    assert first[0].keys() == second[0].keys()
-    assert all(torch.equal(value, second[0][key]) for key, value in first[0].items())
+def train(model, optimizer, steps):
+    for step in steps:
+        one_step(model, optimizer, step)
 
 
 def whole_run(**settings):
-    model = lora()
-    controller = attach(model, **settings)
-    optimizer = adamw(model)
-    for step in range(STEPS):
-        one_step(model, optimizer, step)
+    model, controller = begin(**settings)
+    train(model, adamw(model), range(STEPS))
     controller.finalize()
     return outcome(model, controller)
 
 
-IMPORTANCES = ["sensitivity_uncertainty", "random", "magnitude"]
+# The moments differ for averages alone.
+SCORED = [(moment, "sensitivity_uncertainty") for moment in MOMENTS]
+SCORED += [(moment, importance) for moment in (10, 17) for importance in ("random", "magnitude")]
 
 
-@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize(("moment", "importance"), SCORED)
 @pytest.mark.parametrize("optimizer_first", [False, True])
-@pytest.mark.parametrize("moment", MOMENTS)
 def test_raw_loop(tmp_path, moment, optimizer_first, importance):
     """Through `torch.save`, whichever of controller and optimizer comes first."""
-    if importance != "sensitivity_uncertainty" and moment not in (10, 17):
-        pytest.skip("the moments differ for averages alone")
-    wanted = whole_run(importance=importance)
-    model = lora()
-    controller = attach(model, importance=importance)
-    optimizer = adamw(model)
-    for step in range(moment):
-        one_step(model, optimizer, step)
-    torch.save({"optimizer": optimizer.state_dict(), "adalora": controller.state_dict()}, tmp_path / "state")
-    del model, controller, optimizer
-
-    saved = torch.load(tmp_path / "state", weights_only=True)
-    torch.manual_seed(5)
-    model = lora()
-    controller = attach(model, importance=importance)
-    optimizer = adamw(model) if optimizer_first else None
-    controller.load_state_dict(saved["adalora"])
-    optimizer = optimizer or adamw(model)
-    optimizer.load_state_dict(saved["optimizer"])
-    for step in range(moment, STEPS):
-        one_step(model, optimizer, step)
-    controller.finalize()
-    assert_equal(outcome(model, controller), wanted)
+    found = resumed(
+        lambda: begin(importance=importance), train, steps=STEPS, moment=moment, optimizer_first=optimizer_first,
+        file=tmp_path / "state",
+    )  # fmt: skip
+    assert_equal(found, whole_run(importance=importance))
 
 
 @pytest.mark.parametrize("moment", [10, 17])
@@ -317,7 +264,7 @@ def train_forever(folder):
 def test_killed_at_random_moments_it_always_goes_on_from_the_newest_whole_checkpoint(tmp_path):
     """Twenty and more SIGKILLs into one run, which ends bit for bit like one that was left alone."""
     server = (
-        "import os, sys; sys.path.insert(0, sys.argv[2]); import test_resume_loops as t\n"
+        "import os, sys; sys.path[:0] = sys.argv[2:]; import test_resume_loops as t\n"
         "for line in sys.stdin:\n"  # one process image: each line is one life
         "    pid = os.fork()\n"
         "    if pid == 0:\n"
@@ -327,7 +274,7 @@ def test_killed_at_random_moments_it_always_goes_on_from_the_newest_whole_checkp
         "    print('over', flush=True)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", server, str(tmp_path), os.path.dirname(__file__)],
+        [sys.executable, "-c", server, str(tmp_path), str(HERE), str(HERE.parent)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
     )  # fmt: skip
     chance = random.Random(0)
@@ -371,7 +318,7 @@ def test_killed_at_random_moments_it_always_goes_on_from_the_newest_whole_checkp
     finally:
         process.stdin.close()
         process.stdout.close()
-        process.wait(20)
+        process.wait(HANGS)
     assert kills >= 20
     assert len(set(steps_at)) > 3
     assert begun[1:] == steps_at

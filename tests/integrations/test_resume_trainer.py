@@ -5,76 +5,19 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from bert_runs import MAX_STEPS, arguments, lora, make
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch.utils.data import Dataset
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 import adalora
 from adalora.errors import AdaLoraWarning, CheckpointError
 from adalora.lora.checkpoint import DESCRIPTION, TENSORS
 from adalora.tasks.curve import foreign_scores
+from tiny_bert import Tokens, bert
 
-MAX_STEPS = 24
 # Warm-up and hand-over end with step 3, allocations follow steps 6, 8, 10, 12 and 13, the last with the compaction.
 MOMENTS = {"warmup": 2, "handover": 3, "before_mask": 5, "at_mask": 6, "between": 7, "compacted": 13, "after": 20}
-
-
-class Tokens(Dataset):
-    """Random sentences, labelled by their first token."""
-
-    def __init__(self, size):
-        self.inputs = torch.randint(0, 100, (size, 10), generator=torch.Generator().manual_seed(0))
-
-    def __len__(self):
-        return len(self.inputs)
-
-    def __getitem__(self, i):
-        return {"input_ids": self.inputs[i], "labels": int(self.inputs[i, 0] > 50)}
-
-
-def bert(seed=3):
-    """A tiny random BERT."""
-    torch.manual_seed(seed)
-    return BertForSequenceClassification(
-        BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-    )
-
-
-def lora(targets="query|key|value|dense", seed=3):
-    """A LoRA model with dropout, whose head is trained too."""
-    config = LoraConfig(
-        r=6, lora_alpha=12, task_type="SEQ_CLS", lora_dropout=0.1, target_modules=rf".*encoder.*\.({targets})"
-    )
-    return get_peft_model(bert(seed), config)
-
-
-def make(folder, *callbacks, model=None, settings=None, **arguments):
-    """Trainer and callback; one allocation every two steps."""
-    callback = adalora.AdaLoraCallback(**{"target_rank": 2, "allocation_interval": 2, **(settings or {})})
-    trainer = Trainer(
-        model=model or lora(),
-        args=TrainingArguments(
-            output_dir=str(folder),
-            **{
-                "per_device_train_batch_size": 4,
-                "gradient_accumulation_steps": 2,
-                "max_steps": MAX_STEPS,
-                "save_steps": 1,
-                "logging_steps": 1,
-                "learning_rate": 5e-3,
-                "report_to": [],
-                "use_cpu": True,
-                "disable_tqdm": True,
-                "dataloader_pin_memory": False,
-                **arguments,
-            },
-        ),
-        train_dataset=Tokens(40),  # five steps an epoch: resumes fall inside and between epochs
-        eval_dataset=Tokens(16),
-        callbacks=[callback, *callbacks],
-    )
-    return trainer, callback.controller
 
 
 def outcome(trainer, controller):
@@ -154,7 +97,7 @@ def test_a_checkpoint_is_a_plain_adapter_with_our_state_beside_it(whole):
 
 def test_save_total_limit_and_best_model_at_end(whole, tmp_path):
     """The best checkpoint is loaded with the ranks that it had, and a resumed run chooses the same one."""
-    arguments = {
+    choosing = {
         "eval_strategy": "steps",
         "eval_steps": 4,
         "save_steps": 4,
@@ -172,7 +115,7 @@ def test_save_total_limit_and_best_model_at_end(whole, tmp_path):
 
         return measure
 
-    trainer, controller = make(tmp_path / "late", **arguments)
+    trainer, controller = make(tmp_path / "late", **choosing)
     trainer.compute_metrics = favour(16)
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-16")
@@ -184,13 +127,13 @@ def test_save_total_limit_and_best_model_at_end(whole, tmp_path):
     assert controller.live == controller.target_budget
     assert controller.history.last("restored")["of_step"] == 16
     assert foreign_scores(controller.history) is None
-    again, _ = make(tmp_path / "again", **arguments)
+    again, _ = make(tmp_path / "again", **choosing)
     again.compute_metrics = favour(16)
     trainer, late = again, tmp_path / "late" / "checkpoint-16"
     again.train(resume_from_checkpoint=str(late))
     assert again.state.best_model_checkpoint == str(late)
 
-    trainer, controller = make(tmp_path / "early", **arguments)
+    trainer, controller = make(tmp_path / "early", **choosing)
     trainer.compute_metrics = favour(8)
     with pytest.warns(AdaLoraWarning, match=r"checkpoint-8, is from before the budget.*eval_delay"):
         trainer.train()
@@ -268,12 +211,9 @@ def test_a_foreign_checkpoint_is_refused_and_says_how_to_go_on(tmp_path):
     model = lora()
     plain = Trainer(
         model=model,
-        args=TrainingArguments(
-            output_dir=str(tmp_path), max_steps=2, save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True,
-            dataloader_pin_memory=False, learning_rate=1e-2,
-        ),
+        args=arguments(tmp_path, max_steps=2, save_steps=2, learning_rate=1e-2),
         train_dataset=Tokens(16),
-    )  # fmt: skip
+    )
     plain.train()
     trainer, _ = make(tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"checkpoint-2: no adalora_state.json.*PeftModel.from_pretrained"):

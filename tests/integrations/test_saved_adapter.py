@@ -6,11 +6,13 @@ import sys
 
 import pytest
 import torch
+from launching import HANGS
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
+from transformers import GPT2Config, GPT2ForSequenceClassification
 
 import adalora
+from tiny_bert import bert
 
 # PEFT still asks transformers for a property by its old name.
 IGNORED = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
@@ -70,20 +72,6 @@ for case in json.load(open(sys.argv[1] + "/cases.json")):
 assert "adalora" not in sys.modules
 print(json.dumps(differences))
 """
-
-
-def bert():
-    """A tiny random BERT classifier."""
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=100,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=48,
-            num_labels=2,
-        )
-    )
 
 
 def gpt2():
@@ -172,7 +160,7 @@ def runs(tmp_path_factory):
         cases += of_run
     (folder / "cases.json").write_text(json.dumps(cases))
     done = subprocess.run(
-        [sys.executable, "-c", LOADER, str(folder)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", LOADER, str(folder)], capture_output=True, text=True, timeout=HANGS, check=False
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), controllers, folder

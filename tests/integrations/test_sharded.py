@@ -35,7 +35,7 @@ def test_resumed_from_a_distributed_checkpoint(result, settings):
     """Bit for bit, at every kind of moment; one process may take over as well."""
     found = result(f"resumed-{settings}")
     assert found["ranks"][0] == found["ranks"][1]
-    assert len(found["moments"]) == 5
+    assert len(found["moments"]) == {"plain": 5, "svd": 2}[settings]
     assert found["in_memory"] == 15  # masked
     assert found["in_memory_alone"] == 6
 

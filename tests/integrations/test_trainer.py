@@ -4,16 +4,16 @@ import copy
 
 import pytest
 import torch
+from bert_runs import MAX_STEPS, arguments
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_resume_trainer import Tokens
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 import adalora
+from tiny_bert import Tokens, bert
 
 # PEFT still asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-MAX_STEPS = 24
 SAVE_STEPS = 8
 
 
@@ -41,10 +41,7 @@ class Watch(TrainerCallback):
 @pytest.fixture
 def base():
     """A tiny random BERT."""
-    torch.manual_seed(3)
-    return BertForSequenceClassification(
-        BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-    )
+    return bert()
 
 
 def trainer_for(base, folder, *callbacks, **settings):
@@ -53,22 +50,9 @@ def trainer_for(base, folder, *callbacks, **settings):
         base,
         LoraConfig(r=6, lora_alpha=12, task_type="SEQ_CLS", target_modules=r".*encoder.*\.(query|key|value|dense)"),
     )
-    arguments = {
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_steps": MAX_STEPS,
-        "save_steps": SAVE_STEPS,
-        "logging_steps": 4,
-        "learning_rate": 5e-3,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        **settings,
-    }
     return Trainer(
         model=model,
-        args=TrainingArguments(output_dir=str(folder), **arguments),
+        args=arguments(folder, **{"save_steps": SAVE_STEPS, "logging_steps": 4, **settings}),
         train_dataset=Tokens(64),
         eval_dataset=Tokens(16),
         callbacks=list(callbacks),

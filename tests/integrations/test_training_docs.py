@@ -7,33 +7,38 @@ import torch
 from docs_worker import given
 from launching import HERE, TORCHRUN, start
 from peft import PeftModel
-from test_resume_trainer import bert
 
 import adalora
 from adalora.lora.checkpoint import is_whole
 from docs_blocks import run, sections
+from tiny_bert import bert
 
 SECTIONS = sections("docs/training.md")
 SEVERAL = ["DDP", "FSDP2"]  # sections that two processes run
+UNCHANGED = ["Hugging Face Trainer", "Accelerate"]  # and that two may run
 WITH_ADAPTER = ["Your own loop", "torch.compile", "Quantised bases"]
+LAYERS = sum(1 for name, _ in bert().named_modules() if name.rpartition(".")[2] in ("query", "value", "dense"))
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """The folder in which two processes have run sections, one after the other, and what they printed."""
+    folder = tmp_path_factory.mktemp("by_two")
+    return folder, start([*TORCHRUN, str(HERE / "docs_worker.py"), str(folder), *SEVERAL, *UNCHANGED])
 
 
 @pytest.mark.parametrize("title", SEVERAL)
-def test_two_processes_run_the_blocks_of(title, tmp_path):
-    start([*TORCHRUN, str(HERE / "docs_worker.py"), str(tmp_path), title])
-    loaded = PeftModel.from_pretrained(bert(), tmp_path / "adapter")
+def test_two_processes_run_the_blocks_of(title, by_two):
+    loaded = PeftModel.from_pretrained(bert(), by_two[0] / title / "adapter")
     ranks = [m.lora_A["default"].out_features for m in loaded.modules() if "default" in getattr(m, "lora_A", {})]
-    layers = sum(1 for name, _ in bert().named_modules() if name.rpartition(".")[2] in ("query", "value", "dense"))
-    assert sum(ranks) == 8 * layers
+    assert sum(ranks) == 8 * LAYERS
 
 
-def test_two_processes_run_the_trainers_and_accelerates_blocks_unchanged(tmp_path):
-    titles = ["Hugging Face Trainer", "Accelerate"]
-    printed = start([*TORCHRUN, str(HERE / "docs_worker.py"), str(tmp_path), *titles])
-    layers = sum(1 for name, _ in bert().named_modules() if name.rpartition(".")[2] in ("query", "value", "dense"))
-    assert [printed.count(f"{title}: {8 * layers} of {8 * layers}") for title in titles] == [2, 2]
-    assert (tmp_path / "out" / "checkpoint-20" / "adalora_state.json").is_file()
-    assert is_whole(tmp_path / "accelerate")
+def test_two_processes_run_the_trainers_and_accelerates_blocks_unchanged(by_two):
+    folder, printed = by_two
+    assert [printed.count(f"{title}: {8 * LAYERS} of {8 * LAYERS}") for title in UNCHANGED] == [2, 2]
+    assert (folder / UNCHANGED[0] / "out" / "checkpoint-20" / "adalora_state.json").is_file()
+    assert is_whole(folder / UNCHANGED[1] / "accelerate")
 
 
 @pytest.mark.parametrize("title", [title for title in SECTIONS if title not in SEVERAL])

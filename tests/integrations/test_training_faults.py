@@ -11,7 +11,8 @@ import time
 
 import pytest
 import torch
-from test_resume_trainer import make, outcome
+from bert_runs import make
+from test_resume_trainer import outcome
 from transformers import TrainerCallback
 
 import adalora
@@ -161,7 +162,7 @@ def spy(name):
 pickle.load, pickle.loads = spy("load"), spy("loads")
 import torch
 sys.path.insert(0, sys.argv[2])
-from test_resume_loops import attach, lora
+from net_runs import attach, lora
 from adalora.lora.checkpoint import read_state, write_state
 controller = attach(lora())
 write_state(sys.argv[1], controller.state_dict())
@@ -223,7 +224,7 @@ def test_no_pickle_is_read(tmp_path):
     """Neither by the state's code, nor anywhere in the source."""
     done = subprocess.run(
         [sys.executable, "-c", SPY, str(tmp_path), os.path.dirname(__file__)],
-        capture_output=True, text=True, timeout=600, check=False,
+        capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

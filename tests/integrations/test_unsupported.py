@@ -4,8 +4,8 @@ import types
 import warnings
 
 import pytest
+from bert_runs import lora, make
 from lightning.pytorch import strategies
-from test_resume_trainer import lora, make
 
 import adalora
 from adalora.errors import ConfigError

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import adalora
+from compiling import in_one_graph
 
 pytestmark = [
     pytest.mark.cuda,
@@ -209,7 +210,7 @@ def test_compiled_code_is_made_once_and_gives_the_same(kind, mode):
     wanted = train(eager, adamw(eager), range(STEPS), **where)
     model, other = attached(compact=False, **where, **KINDS[kind])
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    compiled = torch.compile(in_one_graph(model), fullgraph=True, mode=mode)
     loss_of(compiled, *batch(0, **where)).backward()
     model.zero_grad()
     with torch._dynamo.config.patch(error_on_recompile=True):

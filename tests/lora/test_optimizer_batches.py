@@ -51,7 +51,12 @@ def trained(optimizer="adamw_single", *, dtype=torch.float32, ranks=None):
         made.zero_grad()
         model(words).square().mean().backward()
         made.step()
-    return model, made, find_triplets(model, "default")
+    handles = find_triplets(model, "default")
+    if optimizer == "lion":  # moves by signs: some products lack rank, and a null space's vectors are anyone's choice
+        with torch.no_grad():
+            for P_or in (h.P_or for h in handles if h.P_or.any()):
+                P_or.add_(torch.randn(P_or.shape, generator=generator).to(P_or), alpha=0.02)
+    return model, made, handles
 
 
 def hand_over_alone(handle, optimizer):

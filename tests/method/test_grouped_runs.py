@@ -10,6 +10,7 @@ from torch import nn
 
 import adalora
 from adalora.errors import CheckpointError
+from resuming import adamw, assert_equal, outcome, resumed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"),
@@ -43,8 +44,9 @@ def attach(model, **settings):
     return adalora.attach(model, **{**given, **settings})
 
 
-def adamw(model):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+def begin(**settings):
+    model = lora()
+    return model, attach(model, **settings)
 
 
 def train(model, optimizer, steps):
@@ -54,19 +56,6 @@ def train(model, optimizer, steps):
         (model(x) - x[:, :3].mean(dim=2)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def outcome(model, controller):
-    history = [{k: v for k, v in r.items() if k != "seconds"} for r in controller.history.records]
-    return {k: v.clone() for k, v in model.state_dict().items()}, controller.ranks, history
-
-
-def assert_equal(first, second):
-    assert first[0].keys() == second[0].keys()
-    assert all(torch.equal(value, second[0][key]) for key, value in first[0].items())
-    assert first[1] == second[1]
-    for mine, theirs in zip(first[2], second[2], strict=True):
-        assert mine == theirs
 
 
 @pytest.fixture(scope="module", params=["lora", "svd"])
@@ -86,21 +75,11 @@ def whole(request):
 @pytest.mark.parametrize("moment", [2, 10, 17])
 def test_resumed_to_the_bit(whole, tmp_path, moment, optimizer_first):
     parametrization, wanted = whole
-    model = lora()
-    controller, optimizer = attach(model, parametrization=parametrization), adamw(model)
-    train(model, optimizer, range(moment))
-    torch.save({"optimizer": optimizer.state_dict(), "adalora": controller.state_dict()}, tmp_path / "state")
-
-    saved = torch.load(tmp_path / "state", weights_only=True)
-    model = lora()
-    controller = attach(model, parametrization=parametrization)
-    optimizer = adamw(model) if optimizer_first else None
-    controller.load_state_dict(saved["adalora"])
-    optimizer = optimizer or adamw(model)
-    optimizer.load_state_dict(saved["optimizer"])
-    train(model, optimizer, range(moment, STEPS))
-    controller.finalize()
-    assert_equal(outcome(model, controller), wanted)
+    found = resumed(
+        lambda: begin(parametrization=parametrization), train, steps=STEPS, moment=moment,
+        optimizer_first=optimizer_first, file=tmp_path / "state",
+    )  # fmt: skip
+    assert_equal(found, wanted)
 
 
 def test_a_state_of_other_groups_is_refused():

@@ -12,11 +12,11 @@ from typing import get_args
 import pytest
 import torch
 from oracle import Grouped, Oracle, Sometimes, as_singular_vectors, layers_of
-from toys import Blocks, adamw, batch, lora
 
 import adalora
 from adalora import config as config_module
 from adalora.config import AdaLoraConfig
+from toys import Blocks, adamw, batch, lora
 
 STEPS, WARMUP, FINAL, INTERVAL = 122, 6, 12, 4
 SVD = {"parametrization": "svd"}

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
-from toys import NAMES, Blocks, adamw, batch, train
 
 import adalora
 from adalora.errors import AttachError
+from toys import NAMES, Blocks, adamw, batch, train
 
 STEPS = 30
 

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
-from toys import adamw, batch, lora, train
 
 import adalora
 from adalora.config import AdaLoraConfig
 from adalora.core.importance import SmoothedImportance, left_products, right_products, triplet_score
 from adalora.lora.scoring import Scorer
+from toys import adamw, batch, lora, train
 
 GRADIENT_KINDS = ["sensitivity_uncertainty", "ratio", "sensitivity"]
 

@@ -1,43 +1,27 @@
 import json
 
 import pytest
-import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
 
-WORDS = ["good", "bad", "nice", "awful", "flight", "bag", "the", "was", "my", "lost"]
+from tiny_bert import WORDS, mood, save_encoder
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """A folder with a random BERT and its tokenizer, the same whatever ran before."""
+    """A folder with a random BERT and its tokenizer."""
     folder = tmp_path_factory.mktemp("tiny")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=15,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        BertModel(config).save_pretrained(folder)
+    save_encoder(folder)
     return folder
 
 
 def rows(count):
     """Texts whose label is their first word's mood."""
-    moods = {"good": "positive", "nice": "positive", "bad": "negative", "awful": "negative"}
     for n in range(count):
-        first = list(moods)[n % 4]
+        text, label = mood(n)
         yield {
-            "text": f"{first} {WORDS[4 + n % 6]} {WORDS[4 + n % 5]}",
+            "text": text,
             "text_pair": f"the {WORDS[4 + n % 3]}",
-            "label": moods[first],
-            "labels": f"{moods[first]}, long" if n % 3 else moods[first],
+            "label": label,
+            "labels": f"{label}, long" if n % 3 else label,
             "number": float(n % 4),
         }
 

@@ -29,7 +29,7 @@ def start(launcher, recipe):
     program, *arguments = LAUNCHERS[launcher].replace("recipe.yaml", str(recipe)).split()
     return subprocess.run(
         [sys.executable, str(Path(sys.executable).with_name(program)), *arguments],
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=1800, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
 
@@ -94,11 +94,12 @@ def test_two_processes_train_one_run(launcher, tiny_model, alone, tmp_path):
         assert bool(loaded(**tokenizer("good flight", return_tensors="pt")).logits.isfinite().all())
 
 
-@pytest.mark.parametrize("launcher", sorted(LAUNCHERS))
-def test_a_refusal_ends_all_processes(launcher, tiny_model, alone, tmp_path):
+# `accelerate launch` leaves processes to torchrun's agent, so one of them tells of both.
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_a_refusal_ends_all_processes(launcher, tiny_model, tmp_path):
     """The first process alone looks at the folder; the other one must not wait for it for ever."""
     recipe = written(tmp_path / launcher, tiny_model, batch_size=4)
-    (recipe.folder).mkdir()
+    recipe.folder.mkdir()
     (recipe.folder / "metrics.json").write_text("{}")
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe))

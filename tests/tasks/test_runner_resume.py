@@ -60,7 +60,7 @@ def test_ctrl_c_and_resume(tiny_model, data_file, tmp_path, console, monkeypatch
     command = hint.split("to go on: adalora ")[1].split()
     assert command == ["train", str(tmp_path / "run" / "recipe.yaml"), "--resume"]
     started = [sys.executable, "-c", "from adalora.cli import main; main()", *command]
-    done = subprocess.run(started, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(started, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["scores"] == whole["scores"]

@@ -9,8 +9,14 @@ other kind has one group.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
+
+
+def groups_of(layer: Any, adapter: str) -> int:
+    """Groups of the convolution that one of PEFT's LoRA layers adapts."""
+    return 1 if adapter in layer.lora_embedding_A else getattr(layer.lora_B[adapter], "groups", 1)
 
 
 def by_group(tensor: Tensor, groups: int) -> Tensor:

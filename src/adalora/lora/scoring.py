@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from adalora.config import AdaLoraConfig
-from adalora.core.importance import SmoothedImportance, left_products, right_products, step_weights
+from adalora.core.importance import SmoothedImportance, step_weights
+from adalora.lora.averages import LeftAverages, RightAverages, all_finite
 from adalora.lora.triplets import TripletHandle
-
-StepWeights: TypeAlias = dict[torch.device, tuple[Tensor, Tensor]]
 
 
 class Scorer:
@@ -28,8 +25,8 @@ class Scorer:
         self.config = config
         self._skipped: list[int | Tensor] = []
         self.observed = 0
-        self._left: dict[tuple[int, ...], _Left] = {}
-        self._right: dict[tuple[int, ...], _Right] = {}
+        self._left: dict[tuple[int, ...], LeftAverages] = {}
+        self._right: dict[tuple[int, ...], RightAverages] = {}
         self._random = torch.Generator().manual_seed(config.seed)
 
     @property
@@ -127,7 +124,7 @@ class Scorer:
             return
         if not self._left:
             self._build()
-        finite = _all_finite(gradients)
+        finite = all_finite(gradients)
         self._skip((~finite).int())
         betas = {"beta1": self.config.sensitivity_beta, "beta2": self.config.uncertainty_beta}
         devices = {gradient.device for gradient in gradients}
@@ -171,9 +168,9 @@ class Scorer:
             if h.rank == 0:
                 continue
             key = (*h.P_or.shape, h.P_or.device.index or 0)
-            self._left.setdefault(key, _Left()).members.append(number)
+            self._left.setdefault(key, LeftAverages()).members.append(number)
             key = (*h.Q_ri.shape, h.Q_ri.device.index or 0)
-            self._right.setdefault(key, _Right()).members.append(number)
+            self._right.setdefault(key, RightAverages()).members.append(number)
         for left in self._left.values():
             left.start([self.handles[n] for n in left.members])
         for right in self._right.values():
@@ -195,111 +192,3 @@ def _absolute_lambda(h: TripletHandle) -> Tensor:
 
 def _over_groups(lengths_gr: Tensor) -> Tensor:
     return lengths_gr[0] if len(lengths_gr) == 1 else lengths_gr.norm(dim=0)
-
-
-class _Left:
-    """P of all layers with one shape of P, and with them the λ."""
-
-    def __init__(self) -> None:
-        self.members: list[int] = []
-
-    def start(self, handles: list[TripletHandle]) -> None:
-        self.handles = handles
-        P_or = handles[0].P_or
-        stack = P_or.expand(len(handles), *P_or.shape)
-        self.factors = SmoothedImportance.zeros_like(stack)
-        self.weights = SmoothedImportance.zeros_like(stack[:, 0])
-
-    def observe(self, *, beta1: float, beta2: float, unscale: float, weights: StepWeights) -> None:
-        parameters = [h.P_parameter for h in self.handles]
-        present, gradients = _present(parameters)
-        if not present:
-            return
-        handles = [self.handles[k] for k in present]
-        P = torch.stack([h.as_P(parameters[k]) for k, h in zip(present, handles)])
-        gradient = torch.stack([h.as_P(own) for h, own in zip(handles, gradients)])
-        product, totals = left_products(P, _unscaled(gradient, unscale))
-        if handles[0].lambda_parameter is not None:
-            totals = _unscaled(torch.stack([_lambda_product(h) for h in handles]), unscale)
-        _update(self.factors, product, present, beta1=beta1, beta2=beta2, weights=weights)
-        _update(self.weights, totals, present, beta1=beta1, beta2=beta2, weights=weights)
-
-
-class _Right:
-    """Q of all layers with one shape of Q."""
-
-    def __init__(self) -> None:
-        self.members: list[int] = []
-
-    def start(self, handles: list[TripletHandle]) -> None:
-        self.handles = handles
-        Q_ri = handles[0].Q_ri
-        self.factors = SmoothedImportance.zeros_like(Q_ri.expand(len(handles), *Q_ri.shape))
-
-    def observe(self, *, beta1: float, beta2: float, unscale: float, weights: StepWeights) -> None:
-        parameters = [h.Q_parameter for h in self.handles]
-        present, gradients = _present(parameters)
-        if not present:
-            return
-        handles = [self.handles[k] for k in present]
-        Q = torch.stack([h.as_Q(parameters[k]) for k, h in zip(present, handles)])
-        gradient = torch.stack([h.as_Q(own) for h, own in zip(handles, gradients)])
-        product = right_products(Q, _unscaled(gradient, unscale))
-        _update(self.factors, product, present, beta1=beta1, beta2=beta2, weights=weights)
-
-
-def _unscaled(gradient: Tensor, factor: float) -> Tensor:
-    return gradient if factor == 1 else gradient.float() * factor
-
-
-def _lambda_product(h: TripletHandle) -> Tensor:
-    """λ·∂L/∂λ of a layer with a λ of its own, [r], fp32: summed over groups, as for one factor on them all."""
-    weights = h.lambda_parameter
-    assert weights is not None
-    if weights.grad is None:
-        return torch.zeros(h.rank, device=weights.device)
-    return h.by_group(weights.detach().float() * weights.grad.float()).sum(dim=0)
-
-
-def _present(parameters: list[torch.nn.Parameter]) -> tuple[list[int], list[Tensor]]:
-    """Numbers and gradients of those that got one this step: an unused module or an expert without tokens has none."""
-    found = [(k, gradient) for k, gradient in enumerate(p.grad for p in parameters) if gradient is not None]
-    return [k for k, _ in found], [gradient for _, gradient in found]
-
-
-def _all_finite(gradients: list[Tensor]) -> Tensor:
-    """Whether no gradient has an infinity or NaN, 0-dim bool, on the device of the first; nobody waits for it.
-
-    Norms are fp32 at least: in float16 they would overflow.
-    """
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    for gradient in gradients:
-        alike[gradient.device, gradient.dtype].append(gradient)
-    flags = [
-        torch.stack(torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))).isfinite().all()
-        for (_, dtype), group in alike.items()
-    ]
-    if len(flags) == 1:
-        return flags[0]
-    return torch.stack([flag.to(flags[0].device, non_blocking=True) for flag in flags]).all()
-
-
-def _update(
-    average: SmoothedImportance,
-    product: Tensor,
-    present: list[int],
-    *,
-    beta1: float,
-    beta2: float,
-    weights: StepWeights,
-) -> None:
-    """Update the rows `present` of a stack; the others keep what they had."""
-    averaging: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "weights": weights[product.device]}
-    if len(present) == len(average.sensitivity):
-        average.update(product, **averaging)
-        return
-    rows = torch.tensor(present).to(product.device, non_blocking=True)
-    part = SmoothedImportance(average.sensitivity.index_select(0, rows), average.uncertainty.index_select(0, rows))
-    part.update(product, **averaging)
-    average.sensitivity.index_copy_(0, rows, part.sensitivity)
-    average.uncertainty.index_copy_(0, rows, part.uncertainty)

@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from adalora.lora.forward import TripletVariant, linear_forward, shorten
-from adalora.lora.groups import vectors_by_group
+from adalora.lora.groups import groups_of, vectors_by_group
 from adalora.lora.triplets import TripletHandle
 
 
@@ -106,15 +106,11 @@ def _key(module: Any, prefix: str, adapter: str) -> str:
     return f"{prefix}lora_B.{adapter}.weight"
 
 
-def _groups(module: Any, adapter: str) -> int:
-    return 1 if adapter in module.lora_embedding_A else getattr(module.lora_B[adapter], "groups", 1)
-
-
 def _column(module: Any, adapter: str, weights: Tensor) -> Tensor:
     """λ in the shape that multiplies the parameter behind P; for several groups with a row for each output."""
     if adapter in module.lora_embedding_A:
         return weights.unsqueeze(1)
-    P, groups = module.lora_B[adapter].weight, _groups(module, adapter)
+    P, groups = module.lora_B[adapter].weight, groups_of(module, adapter)
     rows = weights.view(groups, -1, *(1 for _ in P.shape[2:]))
     return rows if groups == 1 else rows.repeat_interleave(P.shape[0] // groups, dim=0)
 
@@ -123,7 +119,7 @@ def _by_column(module: Any, adapter: str, tensor: Tensor) -> Tensor:
     """What is shaped like the parameter behind P with a row for each entry of λ."""
     if adapter in module.lora_embedding_A:
         return tensor
-    return vectors_by_group(tensor, 1, _groups(module, adapter)).flatten(2).flatten(0, 1)
+    return vectors_by_group(tensor, 1, groups_of(module, adapter)).flatten(2).flatten(0, 1)
 
 
 def _fold_in_state(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:

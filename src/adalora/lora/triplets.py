@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from adalora.errors import AttachError
-from adalora.lora.groups import by_group, length_along, places_along
+from adalora.lora.groups import by_group, groups_of, length_along, places_along
 from adalora.lora.refusals import no_layer_message, refuse_changed_base, refuse_shared_factors, refuse_unsupported
 
 
@@ -59,7 +59,7 @@ class TripletHandle:
     def __post_init__(self) -> None:
         # Embedding layers keep their factors transposed and as bare parameters.
         self.is_embedding: bool = self.adapter in self.layer.lora_embedding_A
-        self.groups = 1 if self.is_embedding else getattr(self.layer.lora_B[self.adapter], "groups", 1)
+        self.groups = groups_of(self.layer, self.adapter)
         self.mask = torch.ones(self.rank, dtype=torch.bool)
         self.d_out, self.d_in = self.P_or.shape[0], self.Q_gri.shape[2]
         self.measure_rows()

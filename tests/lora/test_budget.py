@@ -5,13 +5,13 @@ import re
 import pytest
 import torch
 from peft import PeftModel
-from toys import adamw, lora, train
 
 import adalora
 from adalora.errors import ConfigError
 from adalora.lora.budget import group_name, make_budget
 from adalora.lora.module_names import matches
 from adalora.lora.triplets import find_triplets
+from toys import adamw, lora, train
 
 STEPS = 40
 COSTS = {"query": 16, "up": 28, "down": 28, "head": 11}  # d_out + d_in

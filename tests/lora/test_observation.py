@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from toys import adamw, batch, lora, train
 
 import adalora
 from adalora.lora.scoring import Scorer
+from toys import adamw, batch, lora, train
 
 COUPLED = {"parametrization": "svd", "initialization": "gaussian", "orthogonality": "squared"}
 
