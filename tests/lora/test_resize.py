@@ -52,3 +52,16 @@ def test_an_optimizer_that_trains_something_else_gets_nothing():
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-2)
     there_and_back(model, optimizer)
     assert [len(group["params"]) for group in optimizer.param_groups] == [1]
+
+
+def test_a_layer_that_comes_back_is_in_the_mode_of_the_model():
+    """The dropout of a layer that had left heard nothing of `train()` and `eval()`."""
+    model = lora()
+    handles = find_triplets(model, "default")
+    before = [h.rank for h in handles]
+    for leaves, returns in ((True, False), (False, True)):
+        model.train(leaves)
+        resize(handles, [before[0], 0, before[2]], None, model=model)
+        model.train(returns)
+        resize(handles, before, None, model=model)
+        assert {module.training for module in model.modules()} == {returns}

@@ -109,6 +109,8 @@ def _settle(handle: TripletHandle, rank: int, optimizer: Optimizer | None) -> No
 def _bring_back(handle: TripletHandle) -> None:
     """Give a layer the adapter back that was taken off it, at rank 0."""
     for attribute, value in handle.parked.items():
+        if isinstance(value, nn.Module):
+            value.train(handle.layer.training)  # it was not there when the model was told
         getattr(handle.layer, attribute)[handle.adapter] = value
     handle.parked = {}
 
