@@ -27,6 +27,7 @@ class Pace:
         self.handles = handles
         self._triplets = sum(h.rank for h in handles)
         self._rslora = bool(handles[0].layer.use_rslora.get(handles[0].adapter))
+        self._times = 1.0
         self._moving: list[Tensor] = []
         self._before: list[Tensor] = []
 
@@ -41,9 +42,12 @@ class Pace:
     def before(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step: note where P is. For the time of the step, when activations are gone."""
         self._moving = self._before = []
-        if self.factor != 1:
-            parameters = [h.P_parameter for h in self.handles if h.rank]
-            copies = [copy for parameter in parameters for copy in weight_copies(optimizer, parameter)]
+        self._times = self.factor
+        if self._times != 1:
+            parameters = [h.P_parameter for h in self.handles if not h.removed]
+            copies = []
+            if parameters and weight_copies(optimizer, parameters[0]):  # few optimizers keep any
+                copies = [copy for parameter in parameters for copy in weight_copies(optimizer, parameter)]
             self._moving = [_local(values) for values in (*parameters, *copies)]
             self._before = list(torch._foreach_mul(self._moving, 1.0))
 
@@ -51,7 +55,7 @@ class Pace:
     def after(self) -> None:
         """It has stepped: go on in the same direction. Where nothing has moved, nothing does."""
         if self._before:
-            torch._foreach_lerp_(self._moving, self._before, 1 - self.factor)
+            torch._foreach_lerp_(self._moving, self._before, 1 - self._times)
         self._moving = self._before = []
 
 
