@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import typer
 from benchmarks.measuring import quartiles
-from benchmarks.models import BERT_BASE, METHODS, MINILM, Shape, Training, training
+from benchmarks.models import BERT_BASE, FINAL, METHODS, MINILM, WARMUP, Shape, Training, training
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -30,7 +30,6 @@ PRECISIONS = {"fp32": None, "bf16 autocast": torch.bfloat16}
 NAMES = {"lora": "PEFT LoRA", "peft_adalora": "PEFT AdaLoRA", "ours": "adalora"}
 # Steps of a turn follow each other without waiting, as in training; phases begin and end with turns.
 STEPS, TURN, INTERVAL = 60, 2, 6
-WARMUP, FINAL = 0.12, 0.48  # of the steps, in every method's run
 PART_NAMES = ("times", "memory", "controller", "peft_adalora")
 
 

@@ -20,20 +20,26 @@ def operations(method: str, shape: Shape, *, steps: int = 25, **options: Any) ->
     run = training(method, shape, steps=steps, allocation_interval=2, **options)
     found: dict[str, dict[str, int]] = {}
     for step in range(steps if method != "lora" else 2):
-        kind, after = _kind(run, step), OperationCounter()
-        inside = count(lambda step=step: run.gradients(step))
-        if run.controller is not None:
-            _count_controller(run, after)
-        run.optimizer.step()
-        if run.controller is None:
-            with after:
-                run.after_step()
-        run.optimizer.zero_grad()
-        total = inside.total + after.total
-        if step > 0 and total > found.get(kind, {}).get("total", 0):  # the first step also makes what later ones keep
-            parts = {"forward_backward": inside.total, "allocation": after.total, "syncs": after.syncs.total()}
-            found[kind] = {"total": total, **parts}
+        kind, counted = _kind(run, step), count_step(run, step)
+        # the first step also makes what later ones keep
+        if step > 0 and counted["total"] > found.get(kind, {}).get("total", 0):
+            found[kind] = counted
     return found
+
+
+def count_step(run: Training, step: int) -> dict[str, int]:
+    """Operations of one step without the optimizer's, by part."""
+    after = OperationCounter()
+    inside = count(lambda: run.gradients(step))
+    if run.controller is not None:
+        _count_controller(run, after)
+    run.optimizer.step()
+    if run.controller is None:
+        with after:
+            run.after_step()
+    run.optimizer.zero_grad()
+    total = inside.total + after.total
+    return {"total": total, "forward_backward": inside.total, "allocation": after.total, "syncs": after.syncs.total()}
 
 
 def _kind(run: Training, step: int) -> str:

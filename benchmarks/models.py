@@ -16,8 +16,8 @@ import adalora
 
 BERT_LINEARS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LLAMA: dict[str, Any] = {"tie_word_embeddings": True}
 LEARNING_RATE = 1e-3
+WARMUP, FINAL = 0.12, 0.48  # of the steps, in every method's run: our defaults
 CPU = torch.device("cpu")
 METHODS = ("lora", "peft_adalora", "ours")
 
@@ -79,7 +79,8 @@ def base_model(shape: Shape, *, seed: int = 0) -> torch.nn.Module:
         "max_position_embeddings": max(512, shape.length),
     }
     if shape.llama:
-        return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=shape.kv_heads, use_cache=False, **LLAMA))
+        more = {"num_key_value_heads": shape.kv_heads, "tie_word_embeddings": True, "use_cache": False}
+        return LlamaForCausalLM(LlamaConfig(**sizes, **more))
     return BertForSequenceClassification(BertConfig(**sizes))
 
 
@@ -171,8 +172,8 @@ def training(
         config: Any = PeftAdaLoraConfig(
             init_r=initial,
             target_r=rank,
-            tinit=round(0.12 * steps),
-            tfinal=round(0.48 * steps),
+            tinit=round(WARMUP * steps),
+            tfinal=round(FINAL * steps),
             deltaT=interval,
             total_step=steps,
             lora_alpha=2 * rank,

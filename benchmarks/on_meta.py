@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from benchmarks.measuring import count_step
 from benchmarks.models import LLAMA_1B, NARROW_LLAMA, Shape, Training, training
-from benchmarks.operations import OperationCounter, count
 
 META = torch.device("meta")
 RUN: dict[str, Any] = {"steps": 50, "allocation_interval": 8}  # the two steps after a phase's begin allocate nothing
@@ -44,22 +44,6 @@ def ours_on_meta(shape: Shape, phase: str) -> Training:
 
 
 def _count(run: Training) -> dict[str, int]:
-    """One ordinary step; the optimizer, whose own operations do not count, has made its state before."""
-    after = OperationCounter()
+    """One ordinary step; the one before it has made what the optimizer and the averages keep."""
     run.step(0)
-    inside = count(lambda: run.gradients(1))
-    if run.controller is not None:
-        original = type(run.controller).after_step
-
-        def counted(optimizer: torch.optim.Optimizer) -> None:
-            with after:
-                original(run.controller, optimizer)
-
-        run.controller.after_step = counted
-    run.optimizer.step()
-    if run.controller is None:
-        with after:
-            run.after_step()
-    run.optimizer.zero_grad()
-    total = inside.total + after.total
-    return {"total": total, "forward_backward": inside.total, "allocation": after.total, "syncs": after.syncs.total()}
+    return count_step(run, 1)

@@ -7,18 +7,12 @@ import itertools
 
 import pytest
 import torch
+from kinds import BOTH, STEPS, attach
 
 import adalora
 from adalora import plugins
 from adalora.errors import AdaLoraWarning, ConfigError
 from toys import adamw, lora, train
-
-STEPS = 40
-BOTH = pytest.mark.parametrize("kind", ["lora", "svd"])
-
-
-def attach(model, kind, **settings):
-    return adalora.attach(model, **{"target_rank": 2, "total_steps": STEPS, "parametrization": kind, **settings})
 
 
 @BOTH

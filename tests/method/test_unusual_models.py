@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from kinds import BOTH, STEPS, attach
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -12,13 +13,6 @@ import adalora
 from adalora.errors import AttachError
 from adalora.lora.triplets import find_triplets
 from toys import Blocks, adamw, batch, lora, train
-
-STEPS = 40
-BOTH = pytest.mark.parametrize("kind", ["lora", "svd"])
-
-
-def attach(model, kind, **settings):
-    return adalora.attach(model, **{"target_rank": 2, "total_steps": STEPS, "parametrization": kind, **settings})
 
 
 @BOTH

@@ -5,6 +5,7 @@ Elsewhere: `torch.compile` in `test_conformance.py`.
 
 import pytest
 import torch
+from kinds import BOTH, STEPS, attach
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -12,13 +13,6 @@ from torch.utils.checkpoint import checkpoint
 import adalora
 from adalora.errors import AdaLoraWarning
 from toys import Blocks, adamw, batch, lora, train
-
-STEPS = 40
-BOTH = pytest.mark.parametrize("kind", ["lora", "svd"])
-
-
-def attach(model, kind, **settings):
-    return adalora.attach(model, **{"target_rank": 2, "total_steps": STEPS, "parametrization": kind, **settings})
 
 
 @BOTH

@@ -29,6 +29,7 @@ OF_ALLOCATION = (  # and of the phases around it: nothing to do where no rank ev
     "nested",
     "compact",
     "compact_at",
+    "pace",
 )
 
 
@@ -127,7 +128,7 @@ def _without_effect(config: AdaLoraConfig) -> list[tuple[str, str]]:
     if config.orthogonality == "off" and config.orthogonality_weight:
         found.append(("orthogonality_weight", 'orthogonality="off"'))
     if config.schedule == "constant":
-        found += [(name, constant) for name in ("pace", *OF_ALLOCATION, *OF_GRADIENT_SCORES)]
+        found += [(name, constant) for name in (*OF_ALLOCATION, *OF_GRADIENT_SCORES)]
     elif not config.needs_gradients:
         found += [(name, f'importance="{config.importance}" (no gradient in it)') for name in OF_GRADIENT_SCORES]
     elif config.importance in ("sensitivity", "lambda_sensitivity"):

@@ -13,7 +13,6 @@ from adalora.core.importance import SmoothedImportance, left_products, right_pro
 from adalora.lora.triplets import TripletHandle
 
 StepWeights: TypeAlias = dict[torch.device, tuple[Tensor, Tensor]]
-Step: TypeAlias = tuple[TripletHandle, torch.nn.Parameter, Tensor]  # a layer, its P or Q, and the gradient of that
 
 
 class _Averages(ABC):
@@ -43,25 +42,30 @@ class _Averages(ABC):
         if not found:
             return
         present = [k for k, _ in found]
-        steps = [(self.handles[k], parameters[k], gradient) for k, gradient in found]
-        for average, product in self._products(steps, unscale):
+        handles = [self.handles[k] for k in present]
+        factors = torch.stack([self._view(h, parameters[k]) for k, h in zip(present, handles)])
+        gradients = torch.stack([self._view(h, own) for h, (_, own) in zip(handles, found)])
+        for average, product in self._products(factors, _unscaled(gradients, unscale), handles, unscale):
             _update(average, product, present, beta1=beta1, beta2=beta2, weights=weights)
 
     def start(self, handles: list[TripletHandle]) -> None:
         """Averages of zero for the layers that `members` counts."""
         self.handles = handles
-        self.factors = SmoothedImportance.zeros_like(self._factor(handles[0]).expand(len(handles), -1, -1))
+        factor = self._view(handles[0], self._parameter(handles[0]))
+        self.factors = SmoothedImportance.zeros_like(factor.expand(len(handles), -1, -1))
 
     @abstractmethod
     def _parameter(self, handle: TripletHandle) -> torch.nn.Parameter:
-        """What the layer's gradient is of."""
-
-    @abstractmethod
-    def _factor(self, handle: TripletHandle) -> Tensor:
         """P or Q of a layer."""
 
     @abstractmethod
-    def _products(self, steps: list[Step], unscale: float) -> list[tuple[SmoothedImportance, Tensor]]:
+    def _view(self, handle: TripletHandle, tensor: Tensor) -> Tensor:
+        """What is shaped like that parameter, as a matrix."""
+
+    @abstractmethod
+    def _products(
+        self, factors: Tensor, gradients: Tensor, handles: list[TripletHandle], unscale: float
+    ) -> list[tuple[SmoothedImportance, Tensor]]:
         """Weight times gradient for some of the layers, each with the averages that it goes into."""
 
 
@@ -76,15 +80,15 @@ class LeftAverages(_Averages):
     def _parameter(self, handle: TripletHandle) -> torch.nn.Parameter:
         return handle.P_parameter
 
-    def _factor(self, handle: TripletHandle) -> Tensor:
-        return handle.P_or
+    def _view(self, handle: TripletHandle, tensor: Tensor) -> Tensor:
+        return handle.as_P(tensor)
 
-    def _products(self, steps: list[Step], unscale: float) -> list[tuple[SmoothedImportance, Tensor]]:
-        P = torch.stack([h.as_P(parameter) for h, parameter, _ in steps])
-        gradient = torch.stack([h.as_P(own) for h, _, own in steps])
-        product, totals = left_products(P, _unscaled(gradient, unscale))
-        if steps[0][0].lambda_parameter is not None:
-            totals = _unscaled(torch.stack([_lambda_product(h) for h, _, _ in steps]), unscale)
+    def _products(
+        self, factors: Tensor, gradients: Tensor, handles: list[TripletHandle], unscale: float
+    ) -> list[tuple[SmoothedImportance, Tensor]]:
+        product, totals = left_products(factors, gradients)
+        if handles[0].lambda_parameter is not None:
+            totals = _unscaled(torch.stack([_lambda_product(h) for h in handles]), unscale)
         return [(self.factors, product), (self.weights, totals)]
 
 
@@ -94,13 +98,13 @@ class RightAverages(_Averages):
     def _parameter(self, handle: TripletHandle) -> torch.nn.Parameter:
         return handle.Q_parameter
 
-    def _factor(self, handle: TripletHandle) -> Tensor:
-        return handle.Q_ri
+    def _view(self, handle: TripletHandle, tensor: Tensor) -> Tensor:
+        return handle.as_Q(tensor)
 
-    def _products(self, steps: list[Step], unscale: float) -> list[tuple[SmoothedImportance, Tensor]]:
-        Q = torch.stack([h.as_Q(parameter) for h, parameter, _ in steps])
-        gradient = torch.stack([h.as_Q(own) for h, _, own in steps])
-        return [(self.factors, right_products(Q, _unscaled(gradient, unscale)))]
+    def _products(
+        self, factors: Tensor, gradients: Tensor, handles: list[TripletHandle], unscale: float
+    ) -> list[tuple[SmoothedImportance, Tensor]]:
+        return [(self.factors, right_products(factors, gradients))]
 
 
 def _unscaled(gradient: Tensor, factor: float) -> Tensor:

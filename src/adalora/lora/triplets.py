@@ -164,14 +164,12 @@ class TripletHandle:
     @property
     def P_or(self) -> Tensor:
         """P, [d_out, r], sharing the parameter's memory, outside the graph."""
-        P = _dense(self.P_parameter).detach()
-        return P if P.dim() == 2 and not self.is_embedding else self.as_P(P)
+        return self.as_P(_dense(self.P_parameter).detach())
 
     @property
     def Q_ri(self) -> Tensor:
         """Q, [r, groups · d_in], outside the graph; shares the parameter's memory where there is one group."""
-        Q = _dense(self.Q_parameter).detach()
-        return Q if Q.dim() == 2 and not self.is_embedding else self.as_Q(Q)
+        return self.as_Q(_dense(self.Q_parameter).detach())
 
     @property
     def P_gor(self) -> Tensor:
