@@ -75,8 +75,15 @@ def test_the_heads_and_nothing_else_beside_lora_trains(name):
     family = FAMILIES[name]()
     model = get_peft_model(family.build(), LoraConfig(r=3, **family.lora))
     adalora.attach(model, target_rank=2, total_steps=10)
-    trained = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
     assert all("modules_to_save" in n for n in trained)
+    has_head = "modules_to_save" in family.lora or family.lora.get("task_type") == "SEQ_CLS"
+    assert bool(trained) == has_head
+    before = {n: p.detach().clone() for n, p in trained.items()}
+    output = main_output(model, family.inputs())
+    mse_loss(output, torch.randn_like(output)).backward()
+    torch.optim.SGD(trained.values(), lr=1.0).step() if trained else None
+    assert [n for n, p in trained.items() if torch.equal(before[n], p)] == []
 
 
 def test_fused_experts_are_refused():

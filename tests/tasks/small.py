@@ -2,6 +2,7 @@
 
 import json
 import string
+from importlib.resources import files
 
 import transformers as hf
 
@@ -62,7 +63,10 @@ def llama(folder):
 
 
 def qwen3(folder):
+    """With the published template, which writes a thought before the last turn only."""
     _decoder(folder, "Qwen3", head_dim=32)
+    template = files("trl") / "chat_templates" / "qwen3.jinja"
+    (folder / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"))
 
 
 def vit(folder):

@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import pytest
 import torch
@@ -148,3 +149,17 @@ def test_streaming_and_gradient_checkpointing(model, tmp_path):
     result = run(recipe)
     assert result.metrics["nll"] < math.log(28)
     assert result.metrics["steps"] == 20
+
+
+def test_the_cure_for_a_template_that_hides_turns(model, tmp_path):
+    """With the loss on everything nobody has to know where turns begin."""
+    chat = [{"role": role, "content": f"w{n}"} for n, role in enumerate(["user", "assistant", "user", "assistant"])]
+    rows = {"task": {"loss_on": "all"}, "columns": {"messages": "messages"}}
+    hides = shutil.copytree(model, tmp_path / "model")
+    template = "{{ messages | length }} {% for m in messages %}{{ m.content }} {% endfor %}"
+    (hides / "chat_template.jinja").write_text(template)
+    with pytest.raises(RecipeError, match=r"task\.loss_on=all"):
+        features(hides, tmp_path, [{"messages": chat}], **{**rows, "task": {}})
+    tokenizer, made = features(hides, tmp_path, [{"messages": chat}], **rows)
+    assert counted(tokenizer, made[0]) == read(tokenizer, made[0])
+    assert read(tokenizer, made[0]).endswith("w0 w1 w2 w3")

@@ -131,3 +131,14 @@ def test_a_field_that_only_the_models_code_knows_is_set_and_a_typing_error_is_na
     assert loaded(hidden_dropout_prob=0.5).deberta.embeddings.dropout.p == 0.5
     with pytest.raises(RecipeError, match=r"model\.config\.hidden_dropuot_prob.*hidden_dropout_prob"):
         loaded(hidden_dropuot_prob=0.5)
+
+
+@pytest.mark.parametrize(
+    ("lora", "adalora", "rank"),
+    [({}, {"target_rank": 2}, 8), ({}, {"target_rank": 20}, 30), ({"r": 5}, {"target_rank": 2}, 5), ({}, None, 12)],
+)
+def test_the_rank_to_start_with_follows_the_target(tmp_path, lora, adalora, rank):
+    part = {"target_modules": "all-linear", **lora}
+    task = {"task": "classification", "data": {"files": "rows.csv"}}
+    recipe = make_recipe(tmp_path, "x", **task, lora=part, adalora=adalora)
+    assert models.lora_config(recipe, Task(), BertForSequenceClassification(BertConfig(**SIZES)), []).r == rank

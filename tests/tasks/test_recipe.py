@@ -87,3 +87,8 @@ def test_package_model_is_found_without_import():
     assert folder.endswith("model")
     with pytest.raises(RecipeError, match="no_such_package"):
         resolve_model_name("package:no_such_package/model")
+
+
+def test_an_unknown_preset_is_named(file):
+    with pytest.raises(RecipeError, match=r"adalora: preset='papr': unknown; did you mean 'paper'"):
+        load_recipe(file, overrides=["adalora.preset=papr"])

@@ -2,6 +2,7 @@
 
 import pytest
 
+from adalora.config import AdaLoraConfig
 from adalora.tasks.recipe_files import catalogue, load_recipe
 
 PAPER = [entry.name for entry in catalogue() if entry.name.startswith("paper/")]
@@ -51,9 +52,18 @@ def test_settings_are_the_papers(name):
         training.learning_rate,
     ) == SETTINGS[task]
     assert (adalora.sensitivity_beta, adalora.uncertainty_beta, adalora.scale) == (0.85, 0.85, "initial")
+    assert (adalora.parametrization, adalora.orthogonality, adalora.score_weights) == ("svd", "squared", "before")
     steps = training.epochs * ROWS[task] // SETTINGS[task][0]
     assert adalora.warmup + adalora.final < steps
     assert recipe.lora["r"] > adalora.target_rank
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_method_is_the_papers_unless_the_preset_is_taken_away(name):
+    recipe, own = load_recipe(name).adalora, load_recipe(name, overrides=["adalora.preset=null"]).adalora
+    fields = own.to_dict()
+    assert recipe == AdaLoraConfig.paper(**fields)
+    assert own == AdaLoraConfig(**fields) != recipe
 
 
 @pytest.mark.parametrize(

@@ -58,21 +58,25 @@ def demo(
 
 
 def recipes() -> None:
-    """List the recipes that come with the package."""
+    """List the recipes that come with the package: train NAME, or NAME:VARIANT."""
     from rich.console import Console
     from rich.table import Column, Table
 
     from adalora.tasks.recipe_files import catalogue
 
-    table = Table(
-        Column("name", no_wrap=True),  # to be copied
-        Column("task", overflow="fold"),
-        Column("model", overflow="fold"),
-        "description",
-    )
+    variants: dict[str, list[str]] = {}
     for entry in catalogue():
-        table.add_row(*entry)
-    Console().print(table)
+        name, _, variant = entry.name.partition(":")
+        variants.setdefault(name, []).extend([variant] if variant else [])
+    console = Console()
+    wide = console.width >= 130
+    table = Table(Column("name", no_wrap=True), "variants", "task", *(["model"] if wide else []), "description")
+    for entry in catalogue():
+        if entry.name in variants:
+            model = [entry.model] if wide else []
+            table.add_row(entry.name, "\n".join(variants[entry.name]), entry.task, *model, entry.description)
+    console.print(table)
+    console.print("adalora train NAME, or NAME:VARIANT", style="dim", highlight=False)
 
 
 def init(

@@ -31,6 +31,9 @@ RELEASED: dict[str, Any] = {
 }
 
 
+PRESETS = {"paper": PAPER, "released": RELEASED}
+
+
 def with_preset(settings: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """A preset with the user's fields; without what it says of allocation where there is none."""
     without = (*OF_ALLOCATION, *OF_GRADIENT_SCORES) if fields.get("schedule") == "constant" else ()

@@ -8,13 +8,11 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer
 
 from adalora.errors import RecipeError
 from adalora.tasks.base import map_rows, predict_metrics
+from adalora.tasks.chats import Message, Piece, chat_ids, chat_pieces
 from adalora.tasks.data import columns_of
 from adalora.tasks.generation import IGNORED, GenerativeTask, rouge
 from adalora.tasks.options import CausalLM
 from adalora.tasks.sequence import with_pad_token
-
-Message = dict[str, str]
-Piece = tuple[list[int], bool]  # token ids, and whether they count in the loss
 
 
 class CausalLMTask(GenerativeTask):
@@ -81,8 +79,8 @@ class CausalLMTask(GenerativeTask):
         if "text" in row:
             return [([*prompt_ids(row["text"], tokenizer), tokenizer.eos_token_id], True)]
         if self._chats(row):
-            pieces = chat_pieces(self._messages(row), tokenizer)
-            return [(ids, everything or counted) for ids, counted in pieces]
+            messages = self._messages(row)
+            return [(chat_ids(messages, tokenizer), True)] if everything else chat_pieces(messages, tokenizer)
         answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
         return [(self._prompt_ids(row, tokenizer), everything), ([*answer, tokenizer.eos_token_id], True)]
 
@@ -114,41 +112,6 @@ def prompt_ids(text: str, tokenizer: Any) -> list[int]:
     """Token ids with what the tokenizer puts in front of a text, without what it puts behind."""
     ids = list(tokenizer(text)["input_ids"])
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def chat_ids(messages: list[Message], tokenizer: Any, *, open_turn: bool) -> list[int]:
-    """Token ids of a chat; `open_turn` ends with the opening of the assistant's turn."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def chat_pieces(messages: list[Message], tokenizer: Any) -> list[Piece]:
-    """Cut a chat into what the assistant says, which counts, and the rest.
-
-    The template is applied to longer and longer beginnings of the chat, so that any template will do whose
-    beginnings stay the same.
-
-    Raises:
-        RecipeError: The template changes earlier turns when later ones come.
-    """
-    whole = chat_ids(messages, tokenizer, open_turn=False)
-    pieces: list[Piece] = []
-    done = 0
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        for beginning, counted in (
-            (chat_ids(messages[:number], tokenizer, open_turn=True), False),
-            (chat_ids(messages[: number + 1], tokenizer, open_turn=False), True),
-        ):
-            if whole[: len(beginning)] != beginning:
-                raise RecipeError(
-                    "the tokenizer's chat template rewrites earlier turns, so the assistant's tokens cannot be "
-                    "told apart: set task.loss_on=all, or one exchange per row"
-                )
-            pieces.append((whole[done : len(beginning)], counted))
-            done = len(beginning)
-    return [*pieces, (whole[done:], False)]
 
 
 def join(pieces: list[Piece], *, limit: int | None) -> tuple[list[int], list[int]]:

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoConfig
 
+from adalora.config import initial_rank
 from adalora.errors import RecipeError
 from adalora.tasks.base import Task
 from adalora.tasks.problems import suggest
@@ -23,7 +24,7 @@ PEFT_SAVES: dict[str | None, tuple[str, ...]] = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-DEFAULT_LORA = {"r": 12, "target_modules": "all-linear"}
+DEFAULT_LORA = {"r": 12, "target_modules": "all-linear"}  # a recipe with a target rank starts as wide as it needs
 
 
 def build_processor(recipe: Recipe, task: Task) -> Any:
@@ -86,6 +87,8 @@ def load_checkpoint(part: ModelPart, task: Task, processor: Any) -> tuple[Any, d
 def lora_config(recipe: Recipe, task: Task, model: Any, fresh: list[str]) -> LoraConfig:
     """The recipe's LoraConfig; new modules are trained whole, and LoRA leaves them alone."""
     fields = {**DEFAULT_LORA, **recipe.lora}
+    if "r" not in recipe.lora and recipe.adalora is not None and recipe.adalora.target_rank is not None:
+        fields["r"] = initial_rank(recipe.adalora.target_rank)
     saved = fields.get("modules_to_save") or fresh
     fields.setdefault("modules_to_save", [n for n in fresh if n not in PEFT_SAVES.get(task.peft_type, ())] or None)
     if "exclude_modules" not in fields:

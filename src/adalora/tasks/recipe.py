@@ -14,7 +14,7 @@ from adalora.errors import RecipeError
 from adalora.report.thresholds import DiagnosticThresholds
 from adalora.tasks.options import CausalLM, TaskOptions
 from adalora.tasks.problems import describe, suggest
-from adalora.tasks.recipe_checks import check_causal_columns, check_lora_fields, resolve_model_name
+from adalora.tasks.recipe_checks import check_causal_columns, check_lora_fields, preset_fields, resolve_model_name
 
 
 class Part(BaseModel):
@@ -186,8 +186,9 @@ class Recipe(Part):
         model: See `ModelPart`; a plain text is its name.
         task: See `adalora.tasks.options`; a plain text is its name.
         data: See `DataPart`; a plain text is its name.
-        lora: Fields of `peft.LoraConfig`.
-        adalora: Fields of `AdaLoraConfig`; `null` trains plain LoRA.
+        lora: Fields of `peft.LoraConfig`. Without `r` the rank is what `adalora.target_rank` starts with best.
+        adalora: Fields of `AdaLoraConfig`, and `preset`, `paper` or `released`: what the others are unless given, as in
+            `AdaLoraConfig.paper()`; `null` trains plain LoRA.
         training: See `TrainingPart`.
         diagnostics: Fields of `DiagnosticThresholds`: when a diagnostic of the run speaks up.
         output: Folder that the run is written to.
@@ -231,6 +232,11 @@ class Recipe(Part):
     @classmethod
     def _lora_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
         return check_lora_fields(value)
+
+    @field_validator("adalora", mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        return preset_fields(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _columns_fit_task(self) -> Recipe:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pydantic
 
+from adalora.config.presets import PRESETS, with_preset
 from adalora.errors import RecipeError
 from adalora.tasks.options import CausalLM
 from adalora.tasks.problems import suggest
@@ -31,6 +32,21 @@ def check_causal_columns(task: CausalLM, named: set[str]) -> None:
         raise ValueError(
             f"data.columns of causal-lm must name {allowed}; it names {', '.join(sorted(named)) or 'none'}"
         )
+
+
+def preset_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """What `preset` in the recipe's part `adalora` stands for, under the fields that are given beside it.
+
+    Raises:
+        ValueError: No such preset.
+    """
+    fields = dict(fields)
+    name = fields.pop("preset", None)
+    if name is None:
+        return fields
+    if name not in PRESETS:
+        raise ValueError(f"preset={name!r}: {suggest(str(name), PRESETS, 'presets')}")
+    return with_preset(PRESETS[name], fields)
 
 
 def resolve_model_name(name: str) -> str:
