@@ -136,12 +136,7 @@ def run_recipe(
     processor = build_processor(recipe, task)
     model = hooks.build(recipe, task, processor, splits) if hooks.build else build_model(recipe, task, processor)
     history = History(folder / HISTORY if first else None)
-    adaptive = None
-    if recipe.adalora is not None:
-        adaptive = AdaLoraCallback(recipe.adalora, history=history, thresholds=recipe.diagnostics)
-        adaptive.pruned = folder / PRUNED if first and recipe.training.keep_pruned else None
-        adaptive.resume_hint = f"adalora train {folder / RECIPE} --resume"
-        adaptive.save_hint = "training.keep_best and training.evaluate_every"
+    adaptive = _adaptive(recipe, folder, history, first=first)
     trainer = make_trainer(recipe, task, model=model, processor=processor, splits=splits)
     for callback in hooks.callbacks(model) if hooks.callbacks else ():
         trainer.add_callback(callback)
@@ -155,20 +150,13 @@ def run_recipe(
     with _memory_advice(f"out of memory in the evaluation: --set training.eval_batch_size={max(1, size // 2)}"):
         scores = task.evaluate(trainer, rows, processor)
     metrics = {
-        "name": recipe.name,
-        "task": recipe.task.name,
-        "main_metric": task.main_metric,
-        "evaluated_on": f"{len(rows):,} rows of the {split} split",
-        **scores,
-        "scores": scores,
+        **_about(recipe, task, scores, rows=f"{len(rows):,} rows of the {split} split"),
         **(ranks_of(adaptive.controller) if adaptive is not None and adaptive.controller is not None else {}),
         "adapter_parameters": adapter_parameters(model),
         "trainable_parameters_before": before,
         "trainable_parameters_after": trainable(model),
-        **({"published": recipe.published.model_dump()} if recipe.published is not None else {}),
         "steps": trainer.state.global_step,
         "seconds": round(time.monotonic() - started, 1),
-        "versions": {name: version(name) for name in PACKAGES},
     }
     if first:
         history.add("metric", step=trainer.state.global_step - 1, split=split, values=scores)
@@ -178,6 +166,31 @@ def run_recipe(
         shutil.rmtree(folder / WORK, ignore_errors=True)
     processes.wait_for_everyone()
     return RunResult(folder, metrics, trainer)
+
+
+def _adaptive(recipe: Recipe, folder: Path, history: History, *, first: bool) -> AdaLoraCallback | None:
+    """What makes the run adaptive; None for plain LoRA."""
+    if recipe.adalora is None:
+        return None
+    adaptive = AdaLoraCallback(recipe.adalora, history=history, thresholds=recipe.diagnostics)
+    adaptive.pruned = folder / PRUNED if first and recipe.training.keep_pruned else None
+    adaptive.resume_hint = f"adalora train {folder / RECIPE} --resume"
+    adaptive.save_hint = "training.keep_best and training.evaluate_every"
+    return adaptive
+
+
+def _about(recipe: Recipe, task: Task, scores: dict[str, float], *, rows: str) -> dict[str, Any]:
+    """What was run and what it scored."""
+    return {
+        "name": recipe.name,
+        "task": recipe.task.name,
+        "main_metric": task.main_metric,
+        "evaluated_on": rows,
+        **scores,
+        "scores": scores,
+        **({"published": recipe.published.model_dump()} if recipe.published is not None else {}),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
 
 
 def _interrupted(folder: Path) -> str:
