@@ -16,7 +16,7 @@ from benchmarks.stepwise import averages, finding, handover, memory, orthogonali
 from torch import Tensor
 from torch.nn import functional
 
-from adalora.lora.fused import fused_lora
+from adalora.lora.layers.fused import fused_lora
 
 ROWS, WIDTH, RANK, SCALE = 1024, 384, 8, 2.0
 

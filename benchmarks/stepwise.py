@@ -14,7 +14,7 @@ from benchmarks.operations import count
 from torch import Tensor
 
 from adalora.core.importance import SmoothedImportance
-from adalora.lora.orthogonal import decoupled_step, hand_over
+from adalora.lora.orthogonality.orthogonal import decoupled_step, hand_over
 
 BETA1, BETA2 = 0.85, 0.85
 NARROW = replace(MINILM, hidden=24, intermediate=48, batch=2, length=8)  # counts do not depend on widths

@@ -55,6 +55,8 @@ def test_the_picture_and_the_page_show_the_layers_that_are_enforced():
     for layer in layers:
         for name in layer.split(" | "):
             assert f"`{name}/`" in page or f"`{name}.py`" in page
+    inner = [name for layer in contracts[1]["layers"] for name in layer.split(" | ")]
+    assert sorted(inner) == sorted(re.findall(r"^\| `(\w+)/` \| [^|]+ \|$", page, re.MULTILINE))
 
 
 def test_the_method_card_repeats_what_was_measured():

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from adalora.controller import RankController
     from adalora.errors import AdaLoraError, AdaLoraWarning
     from adalora.integrations.trainer import AdaLoraCallback
-    from adalora.lora.checkpoint import latest_checkpoint
-    from adalora.lora.gradient_sketch import GradientSketch
+    from adalora.lora.starts.gradient_sketch import GradientSketch
+    from adalora.lora.state.checkpoint import latest_checkpoint
     from adalora.registry import attach, controllers
     from adalora.report.history import History
 
@@ -40,12 +40,12 @@ _HOME = {
     "AdaLoraConfig": "adalora.config",
     "AdaLoraError": "adalora.errors",
     "AdaLoraWarning": "adalora.errors",
-    "GradientSketch": "adalora.lora.gradient_sketch",
+    "GradientSketch": "adalora.lora.starts.gradient_sketch",
     "History": "adalora.report.history",
     "RankController": "adalora.controller",
     "attach": "adalora.registry",
     "controllers": "adalora.registry",
-    "latest_checkpoint": "adalora.lora.checkpoint",
+    "latest_checkpoint": "adalora.lora.state.checkpoint",
 }
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from adalora.core.factored_svd import factored_svd
 from adalora.core.schedule import BudgetSchedule
 from adalora.core.statistics import describe_scores
-from adalora.lora.budget import Budget
-from adalora.lora.orthogonal import orthogonality_error
-from adalora.lora.triplets import TripletHandle
-from adalora.lora.update_size import update_ratio
+from adalora.lora.layers.triplets import TripletHandle
+from adalora.lora.measures.update_size import update_ratio
+from adalora.lora.orthogonality.orthogonal import orthogonality_error
+from adalora.lora.ranks.budget import Budget
 from adalora.report.history import History
 from adalora.version import __version__
 

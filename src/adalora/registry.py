@@ -17,8 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from adalora.config import AdaLoraConfig
 from adalora.controller import RankController
 from adalora.errors import AttachError
-from adalora.lora.engines import refuse_flattened, refuse_model
-from adalora.lora.triplets import adapter_name
+from adalora.lora.layers.triplets import adapter_name
+from adalora.lora.processes.engines import refuse_flattened, refuse_model
 from adalora.report.history import History
 from adalora.report.live import diagnose_live
 from adalora.report.thresholds import DiagnosticThresholds

@@ -13,8 +13,8 @@ from adalora.config import AdaLoraConfig
 from adalora.core.allocation import allocate
 from adalora.core.reference import ReferenceModule, reference_budget, reference_keep, reference_surplus
 from adalora.core.schedule import BudgetSchedule
-from adalora.lora.scoring import Scorer
-from adalora.lora.triplets import find_triplets
+from adalora.lora.layers.triplets import find_triplets
+from adalora.lora.measures.scoring import Scorer
 
 STEPS, WARMUP, FINAL, RANK = 70, 8, 12, 5
 

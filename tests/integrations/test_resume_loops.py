@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 import adalora
 from adalora.errors import CheckpointError
 from adalora.integrations.accelerate import register
-from adalora.lora.checkpoint import DESCRIPTION, TENSORS, is_whole, read_state, write_state
+from adalora.lora.state.checkpoint import DESCRIPTION, TENSORS, is_whole, read_state, write_state
 from resuming import adamw, assert_equal, outcome, resumed
 
 HERE = Path(__file__).parent

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 import adalora
 from adalora.errors import AdaLoraWarning, CheckpointError
-from adalora.lora.checkpoint import DESCRIPTION, TENSORS
+from adalora.lora.state.checkpoint import DESCRIPTION, TENSORS
 from adalora.tasks.curve import foreign_scores
 from tiny_bert import Tokens, bert
 
@@ -249,7 +249,7 @@ def test_a_callback_added_late_says_where_it_belongs(whole, tmp_path):
 
 def test_a_name_that_leaves_the_folder_is_refused(checkpoint, tmp_path):
     """Checksums hold, for a stranger can compute them too."""
-    from adalora.lora.checkpoint import _canonical, _hash, read_state
+    from adalora.lora.state.checkpoint import _canonical, _hash, read_state
 
     (tmp_path / "secret").write_text("x")
     value = json.loads((checkpoint / DESCRIPTION).read_text())
@@ -262,7 +262,7 @@ def test_a_name_that_leaves_the_folder_is_refused(checkpoint, tmp_path):
 
 def test_a_stranger_with_right_checksums_and_wrong_shapes_is_refused(whole, tmp_path):
     """Nothing of the model has changed when the error comes."""
-    from adalora.lora.checkpoint import read_state
+    from adalora.lora.state.checkpoint import read_state
 
     state = read_state(whole[0] / "checkpoint-7")
     _, controller = make(tmp_path)
@@ -302,4 +302,4 @@ def test_save_file_is_not_fooled_by_a_file_of_another_kind(checkpoint):
     """A safetensors file that is not the one that was written."""
     save_file({"x": torch.zeros(2)}, checkpoint / TENSORS)
     with pytest.raises(CheckpointError, match=TENSORS):
-        adalora.lora.checkpoint.read_state(checkpoint)
+        adalora.lora.state.checkpoint.read_state(checkpoint)

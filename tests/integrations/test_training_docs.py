@@ -9,7 +9,7 @@ from launching import HERE, TORCHRUN, start
 from peft import PeftModel
 
 import adalora
-from adalora.lora.checkpoint import is_whole
+from adalora.lora.state.checkpoint import is_whole
 from docs_blocks import run, sections
 from tiny_bert import bert
 

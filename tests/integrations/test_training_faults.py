@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 import adalora
 from adalora.errors import CheckpointError, TrainingError
-from adalora.lora.checkpoint import DESCRIPTION, TENSORS, is_whole
+from adalora.lora.state.checkpoint import DESCRIPTION, TENSORS, is_whole
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +163,7 @@ pickle.load, pickle.loads = spy("load"), spy("loads")
 import torch
 sys.path.insert(0, sys.argv[2])
 from net_runs import attach, lora
-from adalora.lora.checkpoint import read_state, write_state
+from adalora.lora.state.checkpoint import read_state, write_state
 controller = attach(lora())
 write_state(sys.argv[1], controller.state_dict())
 controller.load_state_dict(read_state(sys.argv[1]))

@@ -10,7 +10,7 @@ from lightning.pytorch import strategies
 import adalora
 from adalora.errors import ConfigError
 from adalora.integrations.lightning import AdaLoraLightning
-from adalora.lora.engines import REFUSED_STRATEGIES
+from adalora.lora.processes.engines import REFUSED_STRATEGIES
 from docs_blocks import ROOT
 
 

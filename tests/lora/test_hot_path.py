@@ -9,11 +9,11 @@ from torch import nn
 import adalora
 from adalora.config import AdaLoraConfig
 from adalora.core.orthogonality import relative_error, squared_gradient
-from adalora.lora.masking import zero_pruned
-from adalora.lora.orthogonal import decoupled_step, orthogonality_error
-from adalora.lora.regularization import coupled_gradients, decoupled_svd_step
-from adalora.lora.scoring import Scorer
-from adalora.lora.triplets import find_triplets
+from adalora.lora.layers.triplets import find_triplets
+from adalora.lora.measures.scoring import Scorer
+from adalora.lora.orthogonality.orthogonal import decoupled_step, orthogonality_error
+from adalora.lora.orthogonality.regularization import coupled_gradients, decoupled_svd_step
+from adalora.lora.ranks.masking import zero_pruned
 
 
 class Net(nn.Module):

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import adalora
 from adalora import config as config_module
-from adalora.lora import forward as forward_module
+from adalora.lora.layers import forward as forward_module
 from compiling import in_one_graph
 
 STEPS, RANK = 24, 4

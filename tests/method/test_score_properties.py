@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 import adalora
 from adalora.config import AdaLoraConfig
 from adalora.core.importance import SmoothedImportance, left_products, right_products, triplet_score
-from adalora.lora.scoring import Scorer
+from adalora.lora.measures.scoring import Scorer
 from toys import adamw, batch, lora, train
 
 GRADIENT_KINDS = ["sensitivity_uncertainty", "ratio", "sensitivity"]

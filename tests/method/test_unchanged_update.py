@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from adalora.lora.compaction import compact
-from adalora.lora.masking import zero_pruned
-from adalora.lora.patterns import write_patterns
-from adalora.lora.svd import add_lambda, fold_lambda
-from adalora.lora.triplets import find_triplets
+from adalora.lora.layers.patterns import write_patterns
+from adalora.lora.layers.svd import add_lambda, fold_lambda
+from adalora.lora.layers.triplets import find_triplets
+from adalora.lora.ranks.compaction import compact
+from adalora.lora.ranks.masking import zero_pruned
 
 LAYERS = {
     "Linear": lambda: nn.Linear(5, 7),

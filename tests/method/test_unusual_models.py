@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import adalora
 from adalora.errors import AttachError
-from adalora.lora.triplets import find_triplets
+from adalora.lora.layers.triplets import find_triplets
 from toys import Blocks, adamw, batch, lora, train
 
 

@@ -10,7 +10,7 @@ from peft import initialize_lora_eva_weights
 from torch.utils.data import DataLoader
 
 from adalora.errors import RecipeError
-from adalora.lora.gradient_sketch import GradientSketch
+from adalora.lora.starts.gradient_sketch import GradientSketch
 from adalora.tasks.base import Task
 from adalora.tasks.data import Splits
 from adalora.tasks.recipe import Recipe

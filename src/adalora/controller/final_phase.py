@@ -9,11 +9,11 @@ import torch
 from adalora.controller.resuming import Resumable
 from adalora.errors import AdaLoraWarning, CompactionError
 from adalora.faults import storage_fault
-from adalora.lora.budget import Budget
-from adalora.lora.compaction import adapter_size, compact
-from adalora.lora.nested import NestedTruncation
-from adalora.lora.pruned import PrunedTriplets
-from adalora.lora.svd import fold_lambda
+from adalora.lora.layers.svd import fold_lambda
+from adalora.lora.ranks.budget import Budget
+from adalora.lora.ranks.compaction import adapter_size, compact
+from adalora.lora.state.pruned import PrunedTriplets
+from adalora.lora.steps.nested import NestedTruncation
 
 
 class FinalPhase(Resumable):

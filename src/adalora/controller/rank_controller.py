@@ -16,20 +16,20 @@ from adalora.config import AdaLoraConfig
 from adalora.controller.final_phase import FinalPhase
 from adalora.core.schedule import BudgetSchedule, plan_schedule
 from adalora.errors import AdaLoraWarning, AttachError, ConfigError
-from adalora.lora.budget import make_budget
-from adalora.lora.idle import WeightWatch
-from adalora.lora.masking import zero_pruned
-from adalora.lora.nested import NestedTruncation, refuse_unfit
-from adalora.lora.observation import Observation
-from adalora.lora.optimizers import Optimizers, overflowed
-from adalora.lora.orthogonal import hand_over
-from adalora.lora.pace import Pace
-from adalora.lora.parametrization import prepare
-from adalora.lora.pruned import PrunedTriplets
-from adalora.lora.reorthonormal import reorthonormalize
-from adalora.lora.scoring import Scorer
-from adalora.lora.sharding import Shards
-from adalora.lora.triplets import find_triplets, lora_config
+from adalora.lora.layers.triplets import find_triplets, lora_config
+from adalora.lora.measures.scoring import Scorer
+from adalora.lora.optimizers.seen import Optimizers, overflowed
+from adalora.lora.orthogonality.orthogonal import hand_over
+from adalora.lora.orthogonality.reorthonormal import reorthonormalize
+from adalora.lora.processes.sharding import Shards
+from adalora.lora.ranks.budget import make_budget
+from adalora.lora.ranks.masking import zero_pruned
+from adalora.lora.starts.parametrization import prepare
+from adalora.lora.state.pruned import PrunedTriplets
+from adalora.lora.steps.idle import WeightWatch
+from adalora.lora.steps.nested import NestedTruncation, refuse_unfit
+from adalora.lora.steps.observation import Observation
+from adalora.lora.steps.pace import Pace
 from adalora.recording import Recorder
 from adalora.report.history import History
 from adalora.report.plotting import HistoryPlots

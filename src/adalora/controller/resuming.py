@@ -15,16 +15,16 @@ from torch.optim import Optimizer
 from adalora.config import AdaLoraConfig
 from adalora.core.schedule import BudgetSchedule
 from adalora.errors import AdaLoraWarning, CheckpointError, ConfigError
-from adalora.lora.checkpoint import DESCRIPTION, explain_differences, read_state
-from adalora.lora.compaction import resize
-from adalora.lora.optimizer_state import find_optimizer
-from adalora.lora.patterns import write_patterns
-from adalora.lora.pruned import PrunedTriplets
-from adalora.lora.replicas import Replicas
-from adalora.lora.scoring import Scorer
-from adalora.lora.sharding import Shards
-from adalora.lora.training_state import check_layers, layers_state, load_layers
-from adalora.lora.triplets import TripletHandle, lora_config
+from adalora.lora.layers.patterns import write_patterns
+from adalora.lora.layers.triplets import TripletHandle, lora_config
+from adalora.lora.measures.scoring import Scorer
+from adalora.lora.optimizers.state import find_optimizer
+from adalora.lora.processes.replicas import Replicas
+from adalora.lora.processes.sharding import Shards
+from adalora.lora.ranks.compaction import resize
+from adalora.lora.state.checkpoint import DESCRIPTION, explain_differences, read_state
+from adalora.lora.state.pruned import PrunedTriplets
+from adalora.lora.state.training_state import check_layers, layers_state, load_layers
 from adalora.recording import Recorder, versions
 from adalora.report.history import History
 
@@ -115,7 +115,7 @@ class Resumable:
         """Go on from `state_dict`: layers get its ranks and weights, the history its records.
 
         Args:
-            state: From `state_dict`, or `adalora.lora.checkpoint.read_state`.
+            state: From `state_dict`, or `adalora.lora.state.checkpoint.read_state`.
             optimizer: The optimizer of the run if it exists already: parameters of layers that the adapter has left
                 are taken out of it. One that holds the adapter's parameters is found by itself. Load its own state
                 after this one.

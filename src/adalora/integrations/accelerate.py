@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from adalora.controller import RankController
-from adalora.lora.checkpoint import read_state, write_state
-from adalora.lora.engines import refuse_accelerator
+from adalora.lora.processes.engines import refuse_accelerator
+from adalora.lora.state.checkpoint import read_state, write_state
 
 
 def register(accelerator: Any, controller: RankController) -> None:

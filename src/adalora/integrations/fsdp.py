@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from adalora.controller import RankController
 from adalora.errors import CheckpointError
-from adalora.lora.patterns import write_patterns
-from adalora.lora.triplets import TripletHandle
+from adalora.lora.layers.patterns import write_patterns
+from adalora.lora.layers.triplets import TripletHandle
 
 
 class ControllerState(Stateful):

@@ -10,7 +10,7 @@ from torch import nn
 from adalora.config import AdaLoraConfig
 from adalora.controller import RankController
 from adalora.errors import AttachError, CheckpointError
-from adalora.lora.engines import refuse_strategy
+from adalora.lora.processes.engines import refuse_strategy
 from adalora.registry import attach, controllers
 from adalora.report.history import History
 

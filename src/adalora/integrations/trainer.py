@@ -16,8 +16,8 @@ from adalora.controller import RankController
 from adalora.errors import AdaLoraWarning, CheckpointError, TrainingError
 from adalora.integrations.interrupt import Interrupt
 from adalora.integrations.loggers import LoggerBridge
-from adalora.lora.checkpoint import DESCRIPTION, latest_checkpoint, read_state, write_state
-from adalora.lora.engines import refuse_arguments
+from adalora.lora.processes.engines import refuse_arguments
+from adalora.lora.state.checkpoint import DESCRIPTION, latest_checkpoint, read_state, write_state
 from adalora.registry import attach, controllers
 from adalora.report.history import History
 from adalora.report.thresholds import DiagnosticThresholds

@@ -20,8 +20,8 @@ from transformers import Trainer, TrainerCallback, set_seed
 from adalora.errors import DataError, OutOfMemory, RecipeError
 from adalora.faults import is_out_of_memory
 from adalora.integrations.trainer import AdaLoraCallback
-from adalora.lora.checkpoint import latest_checkpoint
-from adalora.lora.engines import refuse_launcher
+from adalora.lora.processes.engines import refuse_launcher
+from adalora.lora.state.checkpoint import latest_checkpoint
 from adalora.report.history import History
 from adalora.report.html import build_report
 from adalora.tasks.base import Task, make_task

@@ -1,0 +1,209 @@
+"""The forward pass of an adaptive Linear layer: PEFT's LoRA, fused."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora.layer import Linear, LoraVariant
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
+from torch.nn.modules import module as module_calls
+
+from adalora.lora.layers.fused import fused_lora, under_autocast
+
+# Attribute of a layer: adapter name -> which triplets take part in training, [r] bool (nested training).
+DROPPED = "adalora_dropped"
+_NONE: dict[str, Tensor] = {}
+_TENSORS = (nn.Parameter, Tensor)
+
+
+class TripletVariant(LoraVariant):
+    """Plain LoRA in one fused function: result + s·dropout(x) Qᵀ Pᵀ.
+
+    PEFT's own forward makes three more tensors of the layer's output size (product, scaled product, sum); this one
+    adds into the one that is there. Where it is not certain that this is the same, the modules are called as PEFT
+    does. Merging is plain LoRA's.
+    """
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
+        """Nothing to add to the layer."""
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """New weight with the adapter added."""
+        return orig_weight + cast(Tensor, module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        """Add the adapter to the weight in place."""
+        orig_weight.data += module.get_delta_weight(active_adapter)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Weight without the adapter."""
+        return orig_weight - cast(Tensor, module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """Base output plus the adapter's part, same shape as `result`."""
+        return linear_forward(module, active_adapter, x, result, scale=module.scaling[active_adapter])
+
+
+_STOCK_FORWARD = Linear.forward
+
+
+class AdaptiveLinear(Linear):
+    """PEFT's LoRA layer over a Linear, with a short way to the one adapter that is active.
+
+    PEFT's own forward looks up a dozen attributes for cases that are not at hand, at every call: on a GPU that waits
+    for the host as much as a small product costs. Whatever else is asked for goes that way.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's."""
+        own = self.__dict__
+        active = own["_active_adapter"]
+        name = active if type(active) is str else active[0] if len(active) == 1 else None
+        variant = own["lora_variant"].get(name)
+        if (
+            args
+            or kwargs
+            or variant is None
+            or own["_disable_adapters"]
+            or own["merged_adapters"]
+            or torch.compiler.is_compiling()
+        ):
+            return _STOCK_FORWARD(self, x, *args, **kwargs)
+        modules = own["_modules"]
+        A = modules["lora_A"]._modules.get(name)
+        if A is None or x.dtype != A.weight.dtype:  # PEFT knows whether to cast it
+            return _STOCK_FORWARD(self, x)
+        base = modules["base_layer"]
+        # What its call does where nobody has put a hook.
+        if _is_plain(base) and not cast(Any, module_calls)._has_any_global_hook():
+            result = functional.linear(x, base._parameters["weight"], base._parameters["bias"])
+        else:
+            result = base(x)
+        out: Tensor = variant.forward(self, name, x, result)
+        return out if out.dtype == result.dtype else out.to(result.dtype)
+
+    def _get_name(self) -> str:
+        return "Linear"
+
+
+def shorten(layer: Any) -> None:
+    """Give a layer the short way, if it is PEFT's own Linear and nobody has put another forward in its place."""
+    if type(layer) is Linear and Linear.forward is _STOCK_FORWARD:
+        layer.__class__ = AdaptiveLinear
+
+
+def linear_forward(
+    module: Any, adapter: str, x: Tensor, result: Tensor, *, scale: float, weights: Tensor | None = None
+) -> Tensor:
+    """Result + s·(dropout(x) Qᵀ ∘ λ) Pᵀ of a Linear layer, fused where that is certain to be the same.
+
+    Args:
+        module: PEFT's LoRA layer.
+        adapter: Adapter name.
+        x: Input, [..., d_in].
+        result: The layer's output so far, [..., d_out].
+        scale: s.
+        weights: λ, [r], where it is a parameter of its own.
+    """
+    modules = module._modules  # past nn.Module's own look-up, which is several times slower; so below
+    A, B = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
+    dropout = modules["lora_dropout"]._modules[adapter]
+    live = module.__dict__.get(DROPPED, _NONE).get(adapter) if module.training else None
+    if not (_eager() and _is_plain(A) and _is_plain(B)):
+        return _by_modules(A, B, dropout, x, result, scale=scale, weights=weights, live=live)
+    operands = [x, A._parameters["weight"], B._parameters["weight"]]
+    if weights is not None:
+        operands.append(weights)
+    autocast = under_autocast(x)
+    if autocast and x.dtype != torch.float64:
+        operands = [t.to(torch.get_autocast_dtype(x.device.type)) for t in operands]
+    if not _fusable(dropout, operands, result):
+        return _by_modules(A, B, dropout, x, result, scale=scale, weights=weights, live=live)
+    rows, Q_ri, P_or = operands[:3]
+    lambda_r = operands[3] if weights is not None else None
+    if live is not None and lambda_r is not None:
+        lambda_r = lambda_r * live
+    elif live is not None:
+        P_or = P_or * live
+    base = modules["base_layer"]
+    plain = _is_plain(base) and _is_first(module, adapter)
+    return fused_lora(
+        rows,
+        result,
+        Q_ri,
+        P_or,
+        scale=scale,
+        lambda_r=lambda_r,
+        dropout=dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
+        weight_oi=_frozen_weight(base, x) if plain and not autocast else None,
+        in_place=plain,
+    )
+
+
+def _by_modules(
+    A: Any, B: Any, dropout: Any, x: Tensor, result: Tensor, *, scale: float, weights: Any, live: Any
+) -> Tensor:
+    """The same sum by calls of PEFT's modules."""
+    h = A(dropout(x))
+    h = h * scale if weights is None else h * (weights * scale)
+    return cast(Tensor, result + B(h if live is None else h * live))
+
+
+def _eager() -> bool:
+    """Whether operations are just run: nobody compiles (and so fuses by itself), traces or transforms them."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def _fusable(dropout: Any, operands: list[Tensor], result: Tensor) -> bool:
+    """Whether `fused_lora` computes what the modules, which are plain, would."""
+    x, dtype = operands[0], operands[0].dtype
+    for t in operands[1:]:
+        if t.dtype != dtype or type(t) not in _TENSORS:
+            return False
+    return (
+        (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p < 1))
+        and (result.dtype == dtype or torch.promote_types(result.dtype, dtype) == dtype)
+        and type(x) is type(result) is Tensor
+    )
+
+
+def _is_plain(layer: Any) -> bool:
+    """A Linear that is nothing but a product: no hook sees or changes what goes in or comes out."""
+    if type(layer) is not nn.Linear:
+        return False
+    own = layer.__dict__
+    return (
+        type(own["_parameters"].get("weight")) in _TENSORS  # no DTensor, no quantised tensor
+        and "forward" not in own  # accelerate puts its own there
+        and not (
+            own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        )
+    )
+
+
+def _is_first(module: Any, adapter: str) -> bool:
+    """Whether `result` is the base layer's own output and not yet another adapter's sum."""
+    if len(module._modules["lora_A"]._modules) == 1:
+        return True
+    return next((name for name in module.active_adapters if name in module.lora_A), None) == adapter
+
+
+def _frozen_weight(base: nn.Linear, x: Tensor) -> Tensor | None:
+    """The base weight, if the layer trains nothing and worked on x as it is."""
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    return weight if weight.dtype == x.dtype else None

@@ -1,0 +1,1 @@
+"""What is read off an adapter while it trains; nothing is changed."""

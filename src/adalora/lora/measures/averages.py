@@ -1,0 +1,158 @@
+"""Averages of importance for layers of one shape, held as one stack: ten layers take no more operations than one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from adalora.core.importance import SmoothedImportance, left_products, right_products
+from adalora.lora.layers.triplets import TripletHandle
+
+StepWeights: TypeAlias = dict[torch.device, tuple[Tensor, Tensor]]
+
+
+class _Averages(ABC):
+    """Layers of one shape.
+
+    Attributes:
+        members: Numbers of the layers among all of the adapter, in the order of the stack's rows.
+        factors: Averages of P or Q, for each layer one.
+    """
+
+    def __init__(self) -> None:
+        self.members: list[int] = []
+
+    def observe(self, *, beta1: float, beta2: float, unscale: float, weights: StepWeights) -> None:
+        """Take in weights and gradients as they are; a layer without a gradient keeps what it had.
+
+        That may be an unused module, or an expert without tokens.
+
+        Args:
+            beta1: β1 of Eq. 10.
+            beta2: β2 of Eq. 11.
+            unscale: What every gradient is multiplied with.
+            weights: From `step_weights`, for each device.
+        """
+        parameters = [self._parameter(h) for h in self.handles]
+        found = [(k, gradient) for k, gradient in enumerate(p.grad for p in parameters) if gradient is not None]
+        if not found:
+            return
+        present = [k for k, _ in found]
+        handles = [self.handles[k] for k in present]
+        factors = torch.stack([self._view(h, parameters[k]) for k, h in zip(present, handles)])
+        gradients = torch.stack([self._view(h, own) for h, (_, own) in zip(handles, found)])
+        for average, product in self._products(factors, _unscaled(gradients, unscale), handles, unscale):
+            _update(average, product, present, beta1=beta1, beta2=beta2, weights=weights)
+
+    def start(self, handles: list[TripletHandle]) -> None:
+        """Averages of zero for the layers that `members` counts."""
+        self.handles = handles
+        factor = self._view(handles[0], self._parameter(handles[0]))
+        self.factors = SmoothedImportance.zeros_like(factor.expand(len(handles), -1, -1))
+
+    @abstractmethod
+    def _parameter(self, handle: TripletHandle) -> torch.nn.Parameter:
+        """P or Q of a layer."""
+
+    @abstractmethod
+    def _view(self, handle: TripletHandle, tensor: Tensor) -> Tensor:
+        """What is shaped like that parameter, as a matrix."""
+
+    @abstractmethod
+    def _products(
+        self, factors: Tensor, gradients: Tensor, handles: list[TripletHandle], unscale: float
+    ) -> list[tuple[SmoothedImportance, Tensor]]:
+        """Weight times gradient for some of the layers, each with the averages that it goes into."""
+
+
+class LeftAverages(_Averages):
+    """P of all layers with one shape of P, [k, d_out, r], and with them the λ, [k, r]."""
+
+    def start(self, handles: list[TripletHandle]) -> None:
+        """Averages of zero for the layers that `members` counts."""
+        super().start(handles)
+        self.weights = SmoothedImportance.zeros_like(self.factors.sensitivity[:, 0])
+
+    def _parameter(self, handle: TripletHandle) -> torch.nn.Parameter:
+        return handle.P_parameter
+
+    def _view(self, handle: TripletHandle, tensor: Tensor) -> Tensor:
+        return handle.as_P(tensor)
+
+    def _products(
+        self, factors: Tensor, gradients: Tensor, handles: list[TripletHandle], unscale: float
+    ) -> list[tuple[SmoothedImportance, Tensor]]:
+        product, totals = left_products(factors, gradients)
+        if handles[0].lambda_parameter is not None:
+            totals = _unscaled(torch.stack([_lambda_product(h) for h in handles]), unscale)
+        return [(self.factors, product), (self.weights, totals)]
+
+
+class RightAverages(_Averages):
+    """Q of all layers with one shape of Q, [k, r, groups · d_in]."""
+
+    def _parameter(self, handle: TripletHandle) -> torch.nn.Parameter:
+        return handle.Q_parameter
+
+    def _view(self, handle: TripletHandle, tensor: Tensor) -> Tensor:
+        return handle.as_Q(tensor)
+
+    def _products(
+        self, factors: Tensor, gradients: Tensor, handles: list[TripletHandle], unscale: float
+    ) -> list[tuple[SmoothedImportance, Tensor]]:
+        return [(self.factors, right_products(factors, gradients))]
+
+
+def _unscaled(gradient: Tensor, factor: float) -> Tensor:
+    return gradient if factor == 1 else gradient.float() * factor
+
+
+def _lambda_product(h: TripletHandle) -> Tensor:
+    """λ·∂L/∂λ of a layer with a λ of its own, [r], fp32: summed over groups, as for one factor on them all."""
+    weights = h.lambda_parameter
+    assert weights is not None
+    if weights.grad is None:
+        return torch.zeros(h.rank, device=weights.device)
+    return h.by_group(weights.detach().float() * weights.grad.float()).sum(dim=0)
+
+
+def all_finite(gradients: list[Tensor]) -> Tensor:
+    """Whether no gradient has an infinity or NaN, 0-dim bool, on the device of the first; nobody waits for it.
+
+    Norms are fp32 at least: in float16 they would overflow.
+    """
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        alike[gradient.device, gradient.dtype].append(gradient)
+    flags = [
+        torch.stack(torch._foreach_norm(group, 2, dtype=torch.promote_types(dtype, torch.float32))).isfinite().all()
+        for (_, dtype), group in alike.items()
+    ]
+    if len(flags) == 1:
+        return flags[0]
+    return torch.stack([flag.to(flags[0].device, non_blocking=True) for flag in flags]).all()
+
+
+def _update(
+    average: SmoothedImportance,
+    product: Tensor,
+    present: list[int],
+    *,
+    beta1: float,
+    beta2: float,
+    weights: StepWeights,
+) -> None:
+    """Update the rows `present` of a stack; the others keep what they had."""
+    averaging: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "weights": weights[product.device]}
+    if len(present) == len(average.sensitivity):
+        average.update(product, **averaging)
+        return
+    rows = torch.tensor(present).to(product.device, non_blocking=True)
+    part = SmoothedImportance(average.sensitivity.index_select(0, rows), average.uncertainty.index_select(0, rows))
+    part.update(product, **averaging)
+    average.sensitivity.index_copy_(0, rows, part.sensitivity)
+    average.uncertainty.index_copy_(0, rows, part.uncertainty)

@@ -1,0 +1,1 @@
+"""The optimizers that train an adapter, and what they remember of its parameters."""

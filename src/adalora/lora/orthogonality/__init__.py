@@ -1,0 +1,1 @@
+"""Keeps P and Q orthogonal, by a regulariser or exactly."""

@@ -1,0 +1,1 @@
+"""Training in several processes, and the engines that cannot be trained with."""

@@ -1,0 +1,1 @@
+"""How many triplets a model may have, and takes away those that are not kept."""

@@ -1,0 +1,1 @@
+"""How an adapter starts, before its first step."""

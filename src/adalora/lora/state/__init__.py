@@ -1,0 +1,1 @@
+"""A training state, and the files that it lies in."""

@@ -1,0 +1,1 @@
+"""What goes on around every optimizer step."""
