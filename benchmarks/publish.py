@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from adalora.compare.cells import RESULTS, Results, dev_cells, groups, picked_cells
@@ -30,6 +31,34 @@ def wanted_rows(suite: Suite, results: Results) -> list[dict[str, object]]:
     return rows
 
 
+def published(suite: Suite, path: Path) -> tuple[Suite, Results]:
+    """A published file's rows under the keys that the suite's cells have today, and the suite's methods that it has.
+
+    A key is made of every setting, so it changes when a default does; task, budget, method, rate, seed and stage stay.
+    A method that was given another name since is found by its kind, where no other has it.
+    """
+    results, rows = Results(path), {}
+    for row in results.rows.values():
+        named = [m.name for m in suite.methods if m.name == row["method"]]
+        (method,) = named or [m.name for m in suite.methods if m.kind == row["kind"]]
+        rows[row["task"], row["budget"], method, row["learning_rate"], row["seed"], row["stage"]] = row
+    here = {method for _, _, method, *_ in rows}
+    suite = suite.model_copy(update={"methods": [m for m in suite.methods if m.name in here]})
+    results.rows = {}
+    for cells in (dev_cells, partial(picked_cells, results=results)):
+        for group in groups(suite):
+            for c in cells(suite, *group):
+                row = rows.get((c.task, c.budget, c.method, c.learning_rate, c.seed, c.stage))
+                results.rows |= {} if row is None else {c.key: row}
+    return suite, results
+
+
+def rendered(suite: Suite, results: Results) -> str:
+    """The suite's part of the page, without the two lines around it."""
+    tables = re.sub(r"^#", "##", markdown(summarize(suite, results)), flags=re.MULTILINE)
+    return "\n".join(line for line in tables.splitlines() if not re.match(r"## \S+$", line)).strip()
+
+
 def main() -> None:
     """Write `benchmarks/results/SUITE.jsonl` and the suite's part of the page."""
     suite = load_suite(sys.argv[1], output=sys.argv[2])
@@ -40,10 +69,8 @@ def main() -> None:
         raise SystemExit(f"{PAGE.name} has no place for {suite.name}: add the two lines {start} and {end}")
     lines = [json.dumps(row) + "\n" for row in wanted_rows(suite, results)]
     (ROOT / "benchmarks" / "results" / f"{suite.name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    tables = re.sub(r"^#", "##", markdown(summarize(suite, results)), flags=re.MULTILINE)
-    tables = "\n".join(line for line in tables.splitlines() if not re.match(r"## \S+$", line)).strip()
     before, rest = page.split(start, 1)
-    PAGE.write_text(f"{before}{start}\n\n{tables}\n\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+    PAGE.write_text(f"{before}{start}\n\n{rendered(suite, results)}\n\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
     print(f"{len(lines)} rows, {PAGE}")
 
 

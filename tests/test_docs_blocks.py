@@ -68,7 +68,7 @@ def test_blocks_of(page, tmp_path):
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")  # TRL's
 def test_blocks_of_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (own, trainer, supervised) = sections("README.md")["The one line"]
+    (own, trainer, supervised) = sections("README.md")["Use"]
     names = {"base": bert()}
     run(own, names, where="README.md")
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

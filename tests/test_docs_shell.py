@@ -201,7 +201,7 @@ def test_what_is_listed_is_on_a_page_and_stays_true():
     for words in lines:
         if words[0] == "make":
             assert set(words[1:]) <= set(targets)
-        for extra in re.findall(r"^adalora\[(\w+)\]$", words[-1]):
+        for extra in re.findall(r"^(?:adalora|\.)\[(\w+)\]$", words[-1]):
             assert re.search(rf"^{extra} = \[", extras, re.MULTILINE)
         if words[:2] == ["pip", "install"] and words[2].startswith("./"):
             assert (ROOT / words[2] / "pyproject.toml").is_file()
