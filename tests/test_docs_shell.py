@@ -25,7 +25,7 @@ from adalora.tasks.recipe import Recipe
 from adalora.tasks.recipe_files import find_recipe
 from docs_blocks import ROOT, blocks, commands, pages
 
-LANGUAGES = {"python", "bash", "yaml", "dockerfile"}
+LANGUAGES = {"python", "bash", "yaml", "toml", "dockerfile"}
 SERVER = "a server that is not installed here; tests/export/test_stacks.py computes what it computes"
 # First words of a line -> why it is not run, and its options.
 NOT_RUN = {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 WIDE = 140  # columns that the whole table takes
+SUITES = ", ".join(sorted(file.stem for file in (Path(__file__).parents[1] / "recipes" / "suites").glob("*.yaml")))
 
 if TYPE_CHECKING:
     from adalora.compare.cells import Cell
@@ -20,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
-    suite: Annotated[str, typer.Argument(help="A YAML file, or a suite of the package: core, smoke.")],
+    suite: Annotated[str, typer.Argument(help=f"A YAML file, or a suite of the package: {SUITES}.")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder of results and report.")] = None,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Workers that share the cores.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print cells and estimated time, train nothing.")] = False,
