@@ -73,7 +73,7 @@ wheel-test: $(VENV)/.dev
 	cd "$$folder"; unset PYTHONPATH; export PATH="$$folder/env/bin:$$PATH"; \
 	adalora --version; \
 	adalora recipes; \
-	python "$(CURDIR)/tests/wheel_contents.py" "$$site"
+	python "$(CURDIR)/tests/helpers/wheel_contents.py" "$$site"
 
 # The suite with the oldest and with the newest of what pyproject.toml allows, each in an environment of its own. Trainers,
 # servers and loggers that only tests use ask for newer versions than the oldest: without them their tests are skipped.

@@ -12,7 +12,7 @@ import trl
 from peft import LoraConfig, get_peft_model
 
 import adalora
-from docs_blocks import ROOT, pages, run, sections
+from helpers.docs_blocks import ROOT, pages, run, sections
 
 PAGES = ("docs/index.md", "docs/choosing-a-budget.md", "docs/migrating.md")
 RUN_ELSEWHERE = {

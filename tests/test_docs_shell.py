@@ -23,7 +23,7 @@ from adalora.cli import commands as all_commands
 from adalora.compare.suite import load_suite
 from adalora.tasks.recipe import Recipe
 from adalora.tasks.recipe_files import find_recipe
-from docs_blocks import ROOT, blocks, commands, pages
+from helpers.docs_blocks import ROOT, blocks, commands, pages
 
 LANGUAGES = {"python", "bash", "yaml", "toml", "dockerfile"}
 SERVER = "a server that is not installed here; tests/export/test_stacks.py computes what it computes"

@@ -101,3 +101,13 @@ def test_every_folder_of_the_package_has_its_tests():
     assert "lora/layers" in folders
     beside = [ROOT / "tests" / name for name in sorted(folders)]
     assert [str(t) for t in beside if not [*t.glob("test_*.py"), *t.parent.glob(f"test_{t.name}.py")]] == []
+
+
+def test_every_folder_of_tests_is_one_of_the_package_or_on_the_page():
+    tests, package = ROOT / "tests", ROOT / "src" / "adalora"
+    found = {path.parent.relative_to(tests).as_posix() for path in tests.glob("*/**/*.py")}
+    told = set(re.findall(r"`tests/([\w/]+)/`", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")))
+    assert "method" in told
+    assert sorted(name for name in found - told if not (package / name / "__init__.py").is_file()) == []
+    assert told <= found
+    assert [path.name for path in tests.glob("*.py") if not path.name.startswith("test_")] == ["conftest.py"]

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import adalora
-from tiny_bert import Tokens, bert
+from helpers.tiny_bert import Tokens, bert
 
 STEPS = 30
 

@@ -1,15 +1,12 @@
 """`adalora report`: files, messages, exit codes."""
 
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "report"))
-from synthetic import run
-
 from adalora import cli
+from helpers.synthetic import run
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch import nn
 
 import adalora
 from adalora import errors, plugins
-from docs_blocks import blocks, run
+from helpers.docs_blocks import blocks, run
 
 FOLDER = Path(__file__).parents[2] / "examples" / "plugin-package"
 

@@ -10,7 +10,7 @@ import torch
 
 from adalora.export import FORMATS, export_adapter
 from adalora.export.stacks import STACKS
-from docs_blocks import blocks, run
+from helpers.docs_blocks import blocks, run
 
 from .conftest import llama, load_peft, logits, randomise, save_ragged
 from .test_importing import loralib_state

@@ -21,7 +21,7 @@ from trainer_pairs import distance_to_saved, make_of_pair, still_losses
 import adalora
 from adalora.integrations.accelerate import register
 from adalora.integrations.fsdp import save_adapter
-from resuming import adamw, told
+from helpers.resuming import adamw, told
 
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}
 MOMENTS = [2, 9, 17]

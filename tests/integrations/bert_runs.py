@@ -4,7 +4,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import adalora
-from tiny_bert import Tokens, bert
+from helpers.tiny_bert import Tokens, bert
 
 MAX_STEPS = 24
 

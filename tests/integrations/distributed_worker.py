@@ -18,8 +18,8 @@ from trainer_pairs import distance_to_saved, make_of_pair, still_losses
 
 from adalora.errors import CompactionError
 from adalora.integrations.lightning import AdaLoraLightning
-from resuming import adamw
-from tiny_bert import Tokens, bert
+from helpers.resuming import adamw
+from helpers.tiny_bert import Tokens, bert
 
 MOMENTS = [2, 4, 7, 9, 16, 25]
 

@@ -14,8 +14,8 @@ import torch
 from torch.distributed import distributed_c10d
 
 import adalora
-from docs_blocks import run, sections
-from tiny_bert import Tokens, bert
+from helpers.docs_blocks import run, sections
+from helpers.tiny_bert import Tokens, bert
 
 DECODERS = ["TRL", "Quantised bases"]  # sections whose base generates text
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import adalora
 from adalora.integrations.fsdp import ControllerState, save_adapter
-from resuming import adamw, told
+from helpers.resuming import adamw, told
 
 # In the warm-up, after the hand-over, at and between masks, in the final phase; what λ adds is alike at all of them.
 MOMENTS = {"plain": [2, 4, 9, 10, 17], "svd": [9, 17]}

@@ -9,7 +9,7 @@ from plain_adapter import assert_saved_equals_live
 from torch import nn
 
 import adalora
-from tiny_bert import Tokens, bert
+from helpers.tiny_bert import Tokens, bert
 
 
 @pytest.mark.filterwarnings("ignore")

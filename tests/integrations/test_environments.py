@@ -17,7 +17,7 @@ from transformers import Trainer
 
 import adalora
 from adalora.integrations.lightning import AdaLoraLightning
-from tiny_bert import Tokens, bert
+from helpers.tiny_bert import Tokens, bert
 
 
 class Summed(Trainer):

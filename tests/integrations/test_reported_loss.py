@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, set_seed
 
 import adalora
-from tiny_bert import Tokens, bert
+from helpers.tiny_bert import Tokens, bert
 
 STILL = 1e-9
 STEPS = 12

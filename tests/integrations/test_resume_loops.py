@@ -20,7 +20,7 @@ import adalora
 from adalora.errors import CheckpointError
 from adalora.integrations.accelerate import register
 from adalora.lora.state.checkpoint import DESCRIPTION, TENSORS, is_whole, read_state, write_state
-from resuming import adamw, assert_equal, outcome, resumed
+from helpers.resuming import adamw, assert_equal, outcome, resumed
 
 HERE = Path(__file__).parent
 # Warm-up ends with step 4, allocations follow from step 7 on, compaction comes with step 16.

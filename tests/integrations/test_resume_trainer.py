@@ -14,7 +14,7 @@ import adalora
 from adalora.errors import AdaLoraWarning, CheckpointError
 from adalora.lora.state.checkpoint import DESCRIPTION, TENSORS
 from adalora.tasks.curve import foreign_scores
-from tiny_bert import Tokens, bert
+from helpers.tiny_bert import Tokens, bert
 
 # Warm-up and hand-over end with step 3, allocations follow steps 6, 8, 10, 12 and 13, the last with the compaction.
 MOMENTS = {"warmup": 2, "handover": 3, "before_mask": 5, "at_mask": 6, "between": 7, "compacted": 13, "after": 20}

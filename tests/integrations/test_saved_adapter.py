@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 import adalora
-from tiny_bert import bert
+from helpers.tiny_bert import bert
 
 # PEFT still asks transformers for a property by its old name.
 IGNORED = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

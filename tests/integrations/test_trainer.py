@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback
 
 import adalora
-from tiny_bert import Tokens, bert
+from helpers.tiny_bert import Tokens, bert
 
 # PEFT still asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

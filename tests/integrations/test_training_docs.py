@@ -10,8 +10,8 @@ from peft import PeftModel
 
 import adalora
 from adalora.lora.state.checkpoint import is_whole
-from docs_blocks import run, sections
-from tiny_bert import bert
+from helpers.docs_blocks import run, sections
+from helpers.tiny_bert import bert
 
 SECTIONS = sections("docs/training.md")
 SEVERAL = ["DDP", "FSDP2"]  # sections that two processes run

@@ -11,7 +11,7 @@ import adalora
 from adalora.errors import ConfigError
 from adalora.integrations.lightning import AdaLoraLightning
 from adalora.lora.processes.engines import REFUSED_STRATEGIES
-from docs_blocks import ROOT
+from helpers.docs_blocks import ROOT
 
 
 def test_deepspeed_is_refused_at_once(tmp_path):

@@ -6,7 +6,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
 import adalora
-from tiny_bert import Tokens, bert
+from helpers.tiny_bert import Tokens, bert
 
 TARGETS = "query|dense"
 

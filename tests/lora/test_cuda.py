@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import adalora
-from compiling import in_one_graph
+from helpers.compiling import in_one_graph
 
 pytestmark = [
     pytest.mark.cuda,

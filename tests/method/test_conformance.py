@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import adalora
 from adalora import config as config_module
 from adalora.lora.layers import forward as forward_module
-from compiling import in_one_graph
+from helpers.compiling import in_one_graph
 
 STEPS, RANK = 24, 4
 SHORT = {"warmup": 1, "final": 2, "allocation_interval": 1}  # of 8 steps

@@ -12,7 +12,7 @@ from kinds import BOTH, STEPS, attach
 import adalora
 from adalora import plugins
 from adalora.errors import AdaLoraWarning, ConfigError
-from toys import adamw, lora, train
+from helpers.toys import adamw, lora, train
 
 
 @BOTH

@@ -10,7 +10,7 @@ from torch import nn
 
 import adalora
 from adalora.errors import CheckpointError
-from resuming import adamw, assert_equal, outcome, resumed
+from helpers.resuming import adamw, assert_equal, outcome, resumed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"),

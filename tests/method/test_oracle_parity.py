@@ -16,7 +16,7 @@ from oracle import Grouped, Oracle, Sometimes, as_singular_vectors, layers_of
 import adalora
 from adalora import config as config_module
 from adalora.config import AdaLoraConfig
-from toys import Blocks, adamw, batch, lora
+from helpers.toys import Blocks, adamw, batch, lora
 
 STEPS, WARMUP, FINAL, INTERVAL = 122, 6, 12, 4
 SVD = {"parametrization": "svd"}

@@ -6,7 +6,7 @@ from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lo
 
 import adalora
 from adalora.errors import AttachError
-from toys import NAMES, Blocks, adamw, batch, train
+from helpers.toys import NAMES, Blocks, adamw, batch, train
 
 STEPS = 30
 

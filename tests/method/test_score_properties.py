@@ -12,7 +12,7 @@ import adalora
 from adalora.config import AdaLoraConfig
 from adalora.core.importance import SmoothedImportance, left_products, right_products, triplet_score
 from adalora.lora.measures.scoring import Scorer
-from toys import adamw, batch, lora, train
+from helpers.toys import adamw, batch, lora, train
 
 GRADIENT_KINDS = ["sensitivity_uncertainty", "ratio", "sensitivity"]
 

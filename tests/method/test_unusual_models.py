@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import adalora
 from adalora.errors import AttachError
 from adalora.lora.layers.triplets import find_triplets
-from toys import Blocks, adamw, batch, lora, train
+from helpers.toys import Blocks, adamw, batch, lora, train
 
 
 @BOTH

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import adalora
 from adalora.errors import AdaLoraWarning
-from toys import Blocks, adamw, batch, lora, train
+from helpers.toys import Blocks, adamw, batch, lora, train
 
 
 @BOTH

@@ -5,13 +5,13 @@ import time
 import pandas as pd
 import pytest
 from browser import chromium, resize, scheme
-from synthetic import LLAMA, run
 
 from adalora.report.diagnostics import diagnose
 from adalora.report.frames import modules_frame, ranks_frame
 from adalora.report.history import History
 from adalora.report.html import build_report
 from adalora.report.tables import csv_frames
+from helpers.synthetic import LLAMA, run
 
 LISTED = "return [...document.querySelectorAll('{}')].map(e => {})"
 CELLS = "[...e.cells].map(c => c.textContent)"

@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-from synthetic import BERT, importance_of, run
 
 from adalora.config import AdaLoraConfig
 from adalora.errors import AdaLoraWarning, ConfigError, HistoryError
@@ -20,6 +19,7 @@ from adalora.report.diagnostics import (
 from adalora.report.history import History
 from adalora.report.live import diagnose_live
 from adalora.report.thresholds import CODES, DiagnosticThresholds
+from helpers.synthetic import BERT, importance_of, run
 
 
 def codes(history, **limits):

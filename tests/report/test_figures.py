@@ -6,13 +6,13 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from synthetic import run
 
 import adalora.report
 from adalora.errors import HistoryError
 from adalora.report import figures
 from adalora.report.frames import steps_frame, thin
 from adalora.report.style import SERIES, to_svg
+from helpers.synthetic import run
 
 ON_AXES = [
     "plot_ranks",

@@ -3,7 +3,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import BERT, run
 
 from adalora.errors import HistoryError
 from adalora.report.frames import (
@@ -17,6 +16,7 @@ from adalora.report.frames import (
     to_frames,
 )
 from adalora.report.history import History
+from helpers.synthetic import BERT, run
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,11 @@ import os
 import re
 
 import pytest
-from synthetic import LLAMA, run
 
 from adalora.errors import HistoryError
 from adalora.report.html import build_report, number
 from adalora.report.style import SHADES, rank_classes, shade
+from helpers.synthetic import LLAMA, run
 
 
 @pytest.fixture(scope="module")

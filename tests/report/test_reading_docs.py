@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import matplotlib as mpl
-from synthetic import run
 
 from adalora.report.thresholds import CODES, DiagnosticThresholds
+from helpers.synthetic import run
 
 DOC = Path(__file__).parents[2] / "docs" / "reading-the-report.md"
 

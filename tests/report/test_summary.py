@@ -1,10 +1,10 @@
 """The sentences say what the numbers say."""
 
 import numpy as np
-from synthetic import BERT, importance_of, run
 
 from adalora.report.frames import modules_frame
 from adalora.report.summary import strongest_block, summarize
+from helpers.synthetic import BERT, importance_of, run
 
 
 def blocks(*, strong, weak, layers=12):

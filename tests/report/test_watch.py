@@ -8,11 +8,11 @@ import time
 
 import pytest
 from rich.console import Console
-from synthetic import LLAMA, run
 
 from adalora.errors import HistoryError
 from adalora.report.terminal import WatchState, frame, heatmap, plain_line
 from adalora.report.watch import Tail, watch
+from helpers.synthetic import LLAMA, run
 
 
 def state_of(history):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from tiny_bert import WORDS, mood, save_encoder
+from helpers.tiny_bert import WORDS, mood, save_encoder
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from adalora.lora.layers import forward as module_under_test
 from adalora.lora.layers.forward import DROPPED, TripletVariant
 from adalora.lora.layers.svd import add_lambda
 from adalora.lora.layers.triplets import find_triplets
-from compiling import in_one_graph
+from helpers.compiling import in_one_graph
 
 
 class Net(nn.Module):

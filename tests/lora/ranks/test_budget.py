@@ -11,7 +11,7 @@ from adalora.errors import ConfigError
 from adalora.lora.layers.triplets import find_triplets
 from adalora.lora.ranks.budget import group_name, make_budget
 from adalora.lora.ranks.module_names import matches
-from toys import adamw, lora, train
+from helpers.toys import adamw, lora, train
 
 STEPS = 40
 COSTS = {"query": 16, "up": 28, "down": 28, "head": 11}  # d_out + d_in

@@ -5,7 +5,7 @@ import torch
 
 import adalora
 from adalora.lora.measures.scoring import Scorer
-from toys import adamw, batch, lora, train
+from helpers.toys import adamw, batch, lora, train
 
 COUPLED = {"parametrization": "svd", "initialization": "gaussian", "orthogonality": "squared"}
 

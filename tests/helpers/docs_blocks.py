@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def pages() -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import adalora
 from adalora.tasks.recipe_files import catalogue, catalogue_folder, load_recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def main(site: str) -> None:
