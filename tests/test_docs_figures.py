@@ -93,6 +93,12 @@ def test_the_headline_table_is_the_measurement():
     assert table[2:] == headline()
 
 
+def test_readme_repeats_the_time_of_a_whole_run():
+    run = OVERHEAD["whole_run"]
+    assert f"A step takes {spread(run['ours'])} of the time" in flowing("README.md")
+    assert f"PEFT's AdaLoRA takes {spread(run['peft_adalora'])}" in flowing("README.md")
+
+
 def test_the_table_of_the_host_s_part_is_the_measurement():
     for name, title in (("dropout 0.0", "no dropout"), ("dropout 0.1", "dropout 0.1")):
         cells = [spread(OVERHEAD["host"][name][phase]) for phase in ("warmup", "decrease", "final")]
