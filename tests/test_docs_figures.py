@@ -8,7 +8,7 @@ from benchmarks.publish import published, rendered
 
 from adalora.compare.suite import load_suite
 from adalora.config import initial_rank
-from docs_blocks import ROOT
+from helpers.docs_blocks import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 OVERHEAD = json.loads((RESULTS / "overhead.json").read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from adalora import export
 from adalora.cli import commands
 from adalora.report import figures
 from adalora.tasks import options, recipe
-from docs_blocks import ROOT, blocks, pages
+from helpers.docs_blocks import ROOT, blocks, pages
 
 DOCS = ROOT / "docs"
 SUITES = {file.stem for file in (ROOT / "src" / "adalora" / "recipes" / "suites").glob("*.yaml")}
