@@ -11,7 +11,7 @@ import adalora.report
 from adalora.errors import HistoryError
 from adalora.report import figures
 from adalora.report.frames import steps_frame, thin
-from adalora.report.style import SERIES, to_svg
+from adalora.report.style import DASHES, SERIES, to_svg
 from helpers.synthetic import run
 
 ON_AXES = [
@@ -114,7 +114,7 @@ def test_colours_keep_their_distance_for_the_colour_blind():
         return 116 * np.cbrt(c @ [0.2126, 0.7152, 0.0722]) - 16
 
     assert abs(lightness(SERIES[0]) - lightness(SERIES[1])) > 8
-    assert len({str(d) for d in figures.DASHES}) == len(SERIES)
+    assert len({str(d) for d in DASHES}) == len(SERIES)
 
 
 def test_the_module_can_be_called(tmp_path):

@@ -6,7 +6,8 @@ import re
 import pytest
 
 from adalora.errors import HistoryError
-from adalora.report.html import build_report, number
+from adalora.report.html import build_report
+from adalora.report.html.page import number
 from adalora.report.style import SHADES, rank_classes, shade
 from helpers.synthetic import LLAMA, run
 

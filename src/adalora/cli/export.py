@@ -21,6 +21,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in OUT.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; as in ADAPTER by default.")]
 Multiple = Annotated[int | None, typer.Option("--rank-multiple", help="Pad ranks to a multiple of this.")]
+Format = Annotated[str, typer.Option("--format", help="portable, ragged, gguf-ragged, merged, mlx or peft-adalora.")]
+Energy = Annotated[float | None, typer.Option("--energy", help="Keep this share of the energy.")]
+Budget = Annotated[float | None, typer.Option("--budget", help="Keep this share (up to 1), or number, of parameters.")]
+Curve = Annotated[
+    str | None, typer.Option("--curve", help="curve.json of adalora curve: cut in its order, not by energy.")
+]
+Clean = Annotated[bool, typer.Option("--clean/--no-clean", help="Re-orthonormalise the triplets exactly.")]
+Mlx = Annotated[bool, typer.Option("--mlx/--no-mlx", help="Portable: MLX-LM's files in OUT/mlx.")]
+Scores = Annotated[str | None, typer.Option("--scores", help="JSON of numbers, or history.jsonl, for the card.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -33,24 +42,16 @@ def register(app: typer.Typer) -> None:
 def export(
     adapter: Annotated[str, typer.Argument(help="Folder of a LoRA or AdaLoRA adapter.")],
     out: Annotated[str, typer.Argument(help="Folder to make.")],
-    format: Annotated[
-        str, typer.Option("--format", help="portable, ragged, gguf-ragged, merged, mlx or peft-adalora.")
-    ] = "portable",
+    format: Format = "portable",
     base: Base = None,
     dtype: Dtype = None,
     rank_multiple: Multiple = None,
-    energy: Annotated[float | None, typer.Option("--energy", help="Keep this share of the energy.")] = None,
-    budget: Annotated[
-        float | None, typer.Option("--budget", help="Keep this share (up to 1), or number, of parameters.")
-    ] = None,
-    curve: Annotated[
-        str | None, typer.Option("--curve", help="curve.json of adalora curve: cut in its order, not by energy.")
-    ] = None,
-    clean: Annotated[bool, typer.Option("--clean/--no-clean", help="Re-orthonormalise the triplets exactly.")] = True,
-    mlx: Annotated[bool, typer.Option("--mlx/--no-mlx", help="Portable: MLX-LM's files in OUT/mlx.")] = True,
-    scores: Annotated[
-        str | None, typer.Option("--scores", help="JSON of numbers, or history.jsonl, for the card.")
-    ] = None,
+    energy: Energy = None,
+    budget: Budget = None,
+    curve: Curve = None,
+    clean: Clean = True,
+    mlx: Mlx = True,
+    scores: Scores = None,
     alpha: Alpha = None,
     overwrite: Overwrite = False,
     as_json: Json = False,

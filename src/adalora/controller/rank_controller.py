@@ -32,7 +32,7 @@ from adalora.lora.steps.observation import Observation
 from adalora.lora.steps.pace import Pace
 from adalora.recording import Recorder
 from adalora.report.history import History
-from adalora.report.plotting import HistoryPlots
+from adalora.report.plot_methods import HistoryPlots
 
 
 class RankController(FinalPhase, HistoryPlots):

@@ -19,7 +19,7 @@ from adalora.export.compression import score_with, sensitivities, with_extras
 from adalora.export.ordered import TripletOrder, cut_by, energy_order
 from adalora.export.pruned import Pruned, read_pruned, revive
 from adalora.export.reading import read_adapter
-from adalora.report.curves import plot_curve
+from adalora.report.figures.budget_curve import plot_curve
 from adalora.report.history import History
 from adalora.tasks.base import Task, make_task
 from adalora.tasks.data import Splits, load_splits

@@ -8,7 +8,7 @@ from torch import nn
 
 import adalora
 from adalora.report.frames import FRAMES
-from adalora.report.plotting import HistoryPlots
+from adalora.report.plot_methods import HistoryPlots
 
 METHODS = [name for name in vars(HistoryPlots) if name.startswith("plot_")]
 

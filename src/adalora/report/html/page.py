@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML file for one run or several side by side."""
+"""The page itself: one self-contained HTML file for one run or several side by side."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from adalora.report.page import compared_context, run_context
+from adalora.report.html.context import compared_context, run_context
 from adalora.report.runs import NamedRun, Source, load_runs, write_atomically
 from adalora.report.style import rank_classes
 from adalora.version import __version__
 
-_ASSETS = resources.files("adalora.report") / "assets"
+_ASSETS = resources.files("adalora.report.html") / "assets"
 
 
 def build_report(

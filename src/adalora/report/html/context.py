@@ -11,10 +11,10 @@ from markupsafe import Markup
 
 from adalora.errors import HistoryError
 from adalora.report.agreement import rank_agreement
-from adalora.report.charts import compared_charts, run_charts, time_chart
 from adalora.report.diagnostics import diagnose_seeds, findings_of
 from adalora.report.frames import metrics_frame, modules_frame, steps_frame
 from adalora.report.history import History
+from adalora.report.html.charts import compared_charts, run_charts, time_chart
 from adalora.report.runs import NamedRun
 from adalora.report.summary import summarize
 from adalora.report.tables import heatmap, modules_table, settings, small_csv_frames, to_csv

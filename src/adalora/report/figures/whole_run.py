@@ -1,8 +1,4 @@
-"""Pictures of a run, as matplotlib figures: for a notebook, a logger, and the HTML report.
-
-Every function takes a history (or several, where runs are compared), draws on `ax` if one is given and
-returns the figure.
-"""
+"""Pictures with all modules together: budget, loss, metrics, scores, orthogonality; runs in common axes."""
 
 from __future__ import annotations
 
@@ -15,23 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from adalora.report.frames import allocations_frame, metrics_frame, start_of, steps_frame, thin
-from adalora.report.heatmaps import plot_ranks, plot_ranks_over_time, plot_singular_values
 from adalora.report.history import History
 from adalora.report.style import DASHES, GRID, INK, MUTED, PHASES, SERIES, axes_of, figure_of, styled
-
-__all__ = [
-    "plot_budget",
-    "plot_churn",
-    "plot_compared",
-    "plot_loss",
-    "plot_metrics",
-    "plot_orthogonality",
-    "plot_ranks",
-    "plot_ranks_over_time",
-    "plot_score_quantiles",
-    "plot_scores",
-    "plot_singular_values",
-]
 
 PHASE_NAMES = ("warm-up", "decrease", "final")
 
