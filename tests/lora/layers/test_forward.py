@@ -93,6 +93,28 @@ def fused_calls(monkeypatch):
     return calls
 
 
+class Counted(torch.Tensor):
+    """A tensor of a class of its own, as quantisers and others bring: its operations are its own affair."""
+
+    products = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.products += func is torch.nn.functional.linear
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_factors_of_another_class_go_through_the_modules(fused_calls):
+    plain, fused = pair()
+    for h in find_triplets(fused, "default"):
+        weight = h.layer.lora_B["default"].weight
+        h.layer.lora_B["default"].weight = torch.nn.Parameter(weight.detach().as_subclass(Counted))
+    x = torch.randn(4, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(fused(x).as_subclass(torch.Tensor), plain(x), rtol=1e-12, atol=0)
+    assert fused_calls == []
+    assert Counted.products >= len(list(find_triplets(fused, "default")))  # the class goes on to what follows
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("input_grad", [True, False])
 def test_training_is_peft_s(fused_calls, dropout, input_grad):

@@ -126,8 +126,7 @@ def _fold_in_state(module: Any, state: dict[str, Any], prefix: str, metadata: An
     """State-dict hook: P·diag(λ)·gain as PEFT's parameter, and no key that PEFT does not know."""
     for adapter, weights in module.lora_lambda.items():
         key = _key(module, prefix, adapter)
-        if state.pop(f"{prefix}lora_lambda.{adapter}", None) is None or key not in state:
-            continue
+        del state[f"{prefix}lora_lambda.{adapter}"]
         factor = _column(module, adapter, weights.detach()) * module.lora_gain[adapter]
         state[key] = state[key].detach() * factor.to(state[key].device)
 
