@@ -8,11 +8,12 @@ import pytest
 import tokenizers
 import torch
 import transformers as hf
-import trl
 from peft import LoraConfig, get_peft_model
 
 import adalora
 from helpers.docs_blocks import ROOT, pages, run, sections
+
+trl = pytest.importorskip("trl")
 
 PAGES = ("docs/index.md", "docs/choosing-a-budget.md", "docs/migrating.md")
 RUN_ELSEWHERE = {

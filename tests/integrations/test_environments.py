@@ -6,7 +6,6 @@ import datasets
 import lightning.pytorch as lightning
 import pytest
 import torch
-import trl
 from bert_runs import make
 from lightning_runs import lightning_module
 from llamas import llama, sentence, tokenizer
@@ -82,6 +81,7 @@ def test_trl(tmp_path, kind):
     }  # fmt: skip
     if kind == "sft":
         data = datasets.Dataset.from_dict({"text": [sentence(i) for i in range(32)]})
+        trl = pytest.importorskip("trl")
         arguments, trainer_type = trl.SFTConfig(max_length=32, **common), trl.SFTTrainer
     else:
         columns = {
@@ -90,6 +90,7 @@ def test_trl(tmp_path, kind):
             "rejected": [sentence(i + 2) for i in range(32)],
         }
         data = datasets.Dataset.from_dict(columns)
+        trl = pytest.importorskip("trl")
         arguments, trainer_type = trl.DPOConfig(max_length=64, **common), trl.DPOTrainer
     base = llama()
     trainer = trainer_type(

@@ -8,7 +8,6 @@ import copy
 import datasets
 import pytest
 import torch
-import trl
 from accelerate import Accelerator
 from bert_runs import lora, make
 from llamas import llama, sentence, tokenizer
@@ -69,6 +68,7 @@ def test_trl(tmp_path, kind):
         columns = {
             name: [sentence(i + n) for i in range(32)] for n, name in enumerate(("prompt", "chosen", "rejected"))
         }
+    trl = pytest.importorskip("trl")
     config, trainer_type = (trl.SFTConfig, trl.SFTTrainer) if kind == "sft" else (trl.DPOConfig, trl.DPOTrainer)
     base, found = llama(), {}
     for callbacks in ([], [adalora.AdaLoraCallback(target_rank=2, allocation_interval=1)]):

@@ -4,6 +4,7 @@ import json
 import string
 from importlib.resources import files
 
+import pytest
 import transformers as hf
 
 from .tiny import WORDS, word_tokenizer
@@ -65,6 +66,7 @@ def llama(folder):
 def qwen3(folder):
     """With the published template, which writes a thought before the last turn only."""
     _decoder(folder, "Qwen3", head_dim=32)
+    pytest.importorskip("trl")
     template = files("trl") / "chat_templates" / "qwen3.jinja"
     (folder / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"))
 
