@@ -22,16 +22,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from benchmarks.figure import draw
-from benchmarks.host import host
-from benchmarks.measuring import allocation_seconds, interleaved, operations, peak_bytes, ratios
-from benchmarks.models import BERT_BASE, LLAMA_1B_NARROW, METHODS, MINILM, Shape, training
-from benchmarks.on_meta import counts_on_meta
 from rich.console import Console
 from rich.table import Table
 
 from adalora.config import initial_rank
 from benchmarks import cuda
+from benchmarks.figure import draw
+from benchmarks.host import host
+from benchmarks.measuring import allocation_seconds, interleaved, operations, peak_bytes, ratios
+from benchmarks.models import BERT_BASE, LLAMA_1B_NARROW, METHODS, MINILM, Shape, training
+from benchmarks.on_meta import counts_on_meta
 
 RESULTS = Path(__file__).parent / "results"
 PHASES = ("warmup", "decrease", "final")
@@ -59,6 +59,7 @@ def memory() -> dict[str, Any]:
             "lora": peak_bytes("lora", MINILM, phase="warmup", dropout=dropout),
             "peft_adalora": peak_bytes("peft_adalora", MINILM, phase="warmup", dropout=dropout),
             "ours": {phase: peak_bytes("ours", MINILM, phase=phase, dropout=dropout) for phase in PHASES},
+            "sensitivity": peak_bytes("ours", MINILM, phase="decrease", dropout=dropout, importance="sensitivity"),
         }
         for dropout in (0.0, 0.1)
     }

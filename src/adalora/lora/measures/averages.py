@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -21,10 +22,14 @@ class _Averages(ABC):
     Attributes:
         members: Numbers of the layers among all of the adapter, in the order of the stack's rows.
         factors: Averages of P or Q, for each layer one.
+        means: Whether `factors` holds one number for each triplet, the mean over its entries, [k, r].
     """
 
-    def __init__(self) -> None:
+    entries_dim: int  # of a stack: the entries of one triplet
+
+    def __init__(self, *, means: bool) -> None:
         self.members: list[int] = []
+        self.means = means
 
     def observe(self, *, beta1: float, beta2: float, unscale: float, weights: StepWeights) -> None:
         """Take in weights and gradients as they are; a layer without a gradient keeps what it had.
@@ -46,13 +51,21 @@ class _Averages(ABC):
         factors = torch.stack([self._view(h, parameters[k]) for k, h in zip(present, handles)])
         gradients = torch.stack([self._view(h, own) for h, (_, own) in zip(handles, found)])
         for average, product in self._products(factors, _unscaled(gradients, unscale), handles, unscale):
+            if self.means and product.dim() == 3:
+                product = product.abs_().mean(dim=self.entries_dim)
             _update(average, product, present, beta1=beta1, beta2=beta2, weights=weights)
 
     def start(self, handles: list[TripletHandle]) -> None:
         """Averages of zero for the layers that `members` counts."""
         self.handles = handles
         factor = self._view(handles[0], self._parameter(handles[0]))
-        self.factors = SmoothedImportance.zeros_like(factor.expand(len(handles), -1, -1))
+        stack = factor.expand(len(handles), -1, -1)
+        self.factors = SmoothedImportance.zeros_like(stack.select(self.entries_dim, 0) if self.means else stack)
+
+    def factor_scores(self, kind: str | Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Mean over its entries of the score of every triplet's P or Q, [k, r]."""
+        scores = self.factors.score(kind)
+        return scores if self.means else scores.mean(dim=self.entries_dim)
 
     @abstractmethod
     def _parameter(self, handle: TripletHandle) -> torch.nn.Parameter:
@@ -72,10 +85,13 @@ class _Averages(ABC):
 class LeftAverages(_Averages):
     """P of all layers with one shape of P, [k, d_out, r], and with them the λ, [k, r]."""
 
+    entries_dim = 1
+
     def start(self, handles: list[TripletHandle]) -> None:
         """Averages of zero for the layers that `members` counts."""
         super().start(handles)
-        self.weights = SmoothedImportance.zeros_like(self.factors.sensitivity[:, 0])
+        sensitivity = self.factors.sensitivity
+        self.weights = SmoothedImportance.zeros_like(sensitivity if self.means else sensitivity[:, 0])
 
     def _parameter(self, handle: TripletHandle) -> torch.nn.Parameter:
         return handle.P_parameter
@@ -94,6 +110,8 @@ class LeftAverages(_Averages):
 
 class RightAverages(_Averages):
     """Q of all layers with one shape of Q, [k, r, groups · d_in]."""
+
+    entries_dim = 2
 
     def _parameter(self, handle: TripletHandle) -> torch.nn.Parameter:
         return handle.Q_parameter

@@ -17,7 +17,9 @@ from adalora.lora.measures.averages import LeftAverages, RightAverages, all_fini
 class Scorer:
     """Averages and scores for all layers of one adapter, stacked by shape.
 
-    The averages are built at the first `observe` and dropped by `reset`; they take twice the adapter's size in fp32.
+    The averages are built at the first `observe` and dropped by `reset`. Ī and Ū of every entry take twice the
+    adapter's size in fp32. A score of Ī alone needs one number a triplet: its mean over entries and its average over
+    steps may change places.
     """
 
     def __init__(self, handles: Sequence[TripletHandle], config: AdaLoraConfig) -> None:
@@ -25,6 +27,7 @@ class Scorer:
         self.config = config
         self._skipped: list[int | Tensor] = []
         self.observed = 0
+        self._means = config.importance in ("sensitivity", "lambda_sensitivity")
         self._left: dict[tuple[int, ...], LeftAverages] = {}
         self._right: dict[tuple[int, ...], RightAverages] = {}
         self._random = torch.Generator().manual_seed(config.seed)
@@ -149,11 +152,11 @@ class Scorer:
         for left in self._left.values():
             score_kr = left.weights.score(elementwise)
             if kind != "lambda_sensitivity":
-                score_kr += left.factors.score(elementwise).mean(dim=1)
+                score_kr += left.factor_scores(elementwise)
             scores.index_add_(0, self._positions(left.members), score_kr.flatten().cpu())
         if kind != "lambda_sensitivity":
             for right in self._right.values():
-                score_kr = right.factors.score(elementwise).mean(dim=2)
+                score_kr = right.factor_scores(elementwise)
                 scores.index_add_(0, self._positions(right.members), score_kr.flatten().cpu())
         return scores
 
@@ -168,9 +171,9 @@ class Scorer:
             if h.rank == 0:
                 continue
             key = (*h.P_or.shape, h.P_or.device.index or 0)
-            self._left.setdefault(key, LeftAverages()).members.append(number)
+            self._left.setdefault(key, LeftAverages(means=self._means)).members.append(number)
             key = (*h.Q_ri.shape, h.Q_ri.device.index or 0)
-            self._right.setdefault(key, RightAverages()).members.append(number)
+            self._right.setdefault(key, RightAverages(means=self._means)).members.append(number)
         for left in self._left.values():
             left.start([self.handles[n] for n in left.members])
         for right in self._right.values():
