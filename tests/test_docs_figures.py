@@ -134,6 +134,8 @@ def sentences():
     held, lora = OVERHEAD["memory"]["dropout 0.1"]["ours"], OVERHEAD["memory"]["dropout 0.1"]["lora"]
     yield f"memory is {held['final'] / lora:.2f} of LoRA's ({held['final'] / 1e6:.1f} against {megabytes(lora)}"
     yield f"{megabytes(held['decrease'])} while the budget shrinks), and"
+    alone, lora = (OVERHEAD["memory"]["dropout 0.0"][name] for name in ("sensitivity", "lora"))
+    yield f"{megabytes(alone)} while the budget shrinks, {alone / lora:.2f} of LoRA's"
     shares = [[100 * found["ms"][kind] / found["step_ms"] for found in OVERHEAD["modules"].values()] for kind in MASKS]
     assert {f"{share:.1f}" for share in shares[0]} == {"0.4"}
     yield "ordinary step is 0.4 % at 24, 72, 240 and 702 modules"
@@ -189,7 +191,7 @@ def test_sentences_on_performance_are_the_measurement():
 def test_parts_are_said_to_be_of_the_commits_that_they_are_of():
     told = {}
     for row in re.findall(
-        r"^\| (`counts`.*|`modules`.*) \| (\w+) \| (\d+) to (\d+) \|$", page("docs/performance.md"), re.M
+        r"^\| (`counts`.*|`memory`.*|`modules`.*) \| (\w+) \| (\d+) to (\d+) \|$", page("docs/performance.md"), re.M
     ):
         names, commit, low, high = row
         told |= {name: (commit, int(low), int(high)) for name in re.findall(r"`([\w.]+)`", names)}

@@ -72,8 +72,8 @@ class AdaLoraConfig(BaseModel):
             registered (`adalora.plugins`).
         released_schedule: Allocate at steps that ΔT divides, counted from the start of the run, and round b(t) in
             floating point, as the released code does: one triplet less where Eq. 14 is a whole number.
-        importance: The triplet score (Eq. 9-13 is `"sensitivity_uncertainty"`). `"magnitude"` is |λ|·‖P‖·‖Q‖.
-            Or a name that a package has registered.
+        importance: The triplet score (Eq. 9-13 is `"sensitivity_uncertainty"`). `"magnitude"` is |λ|·‖P‖·‖Q‖,
+            `"sensitivity"` needs next to no memory. Or a name that a package has registered.
         sensitivity_beta: Smoothing of the sensitivity (β1 of Eq. 10).
         uncertainty_beta: Smoothing of the uncertainty (β2 of Eq. 11).
         score_gradient: The gradient in the score: what the optimizer got, the orthogonality term included
