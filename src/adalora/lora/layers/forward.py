@@ -83,7 +83,7 @@ class AdaptiveLinear(Linear):
             return _STOCK_FORWARD(self, x)
         base = modules["base_layer"]
         # What its call does where nobody has put a hook.
-        if _is_plain(base) and not cast(Any, module_calls)._has_any_global_hook():
+        if _is_plain(base) and not _hooked_everywhere():
             result = functional.linear(x, base._parameters["weight"], base._parameters["bias"])
         else:
             result = base(x)
@@ -177,6 +177,17 @@ def _fusable(dropout: Any, operands: list[Tensor], result: Tensor) -> bool:
         (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p < 1))
         and (result.dtype == dtype or torch.promote_types(result.dtype, dtype) == dtype)
         and type(x) is type(result) is Tensor
+    )
+
+
+def _hooked_everywhere() -> bool:
+    """Whether somebody has put a hook on all modules there are; torch 2.6 has no function that says so."""
+    calls = cast(Any, module_calls)
+    return bool(
+        calls._global_backward_pre_hooks
+        or calls._global_backward_hooks
+        or calls._global_forward_pre_hooks
+        or calls._global_forward_hooks
     )
 
 
