@@ -1,9 +1,12 @@
 """Several exported adapters in one PEFT model: side by side, mixed, swapped, and in one batch."""
 
+import peft
 import pytest
 import torch
+from packaging.version import parse
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from adalora.export import export_adapter
 
@@ -69,6 +72,9 @@ def test_hotswap(three):
     assert not torch.allclose(logits(model), before, atol=1e-3)
 
 
+@pytest.mark.skipif(
+    parse(peft.__version__) < parse(MIN_PEFT_VERSION), reason=f"this transformers wants PEFT {MIN_PEFT_VERSION}"
+)
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 def test_transformers_loads_them_by_name(three):
     model = llama()
