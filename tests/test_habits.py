@@ -91,7 +91,7 @@ def test_the_page_of_the_benchmarks_names_what_there_is_and_nothing_else():
     text = (folder / "README.md").read_text(encoding="utf-8")
     told = set(re.findall(r"`([\w-]+\.(?:py|yaml|jsonl?|png))`", text))
     there = {path.name for path in [*folder.iterdir(), *(folder / "results").iterdir()] if path.is_file()}
-    assert told == there - {"README.md"}
+    assert told == there - {"README.md", "__init__.py"}
 
 
 def test_every_folder_of_the_package_has_its_tests():
