@@ -14,7 +14,7 @@ _STORAGE = {
     errno.EFBIG: "the file is larger than the file system or `ulimit -f` allows: choose another output folder",
 }
 # The libraries under safetensors and tokenizers have the number in their text; torch.save has not even that.
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_OS_ERROR = re.compile(r"(?:\(os error |Os \{ code: )(\d+)")
 _CUT_OFF = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+")
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
