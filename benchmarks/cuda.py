@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 import typer
+
+from benchmarks import pages
 from benchmarks.measuring import quartiles
 from benchmarks.models import BERT_BASE, FINAL, METHODS, MINILM, WARMUP, Shape, Training, training
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
-START, END = "<!-- cuda -->", "<!-- end of cuda -->"
+START, END = pages.marks("cuda")
 SHAPES = (replace(MINILM, batch=32, length=128), replace(BERT_BASE, batch=32, length=128))
 PRECISIONS = {"fp32": None, "bf16 autocast": torch.bfloat16}
 NAMES = {"lora": "PEFT LoRA", "peft_adalora": "PEFT AdaLoRA", "ours": "adalora"}
@@ -258,9 +260,7 @@ def publish(
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         results["machine"]["commit"] = commit.stdout.strip()
     results_path.write_text(json.dumps(results, indent=1) + "\n")
-    before, rest = page.read_text(encoding="utf-8").split(START, 1)
-    after = rest.split(END, 1)[1]
-    page.write_text(f"{before}{START}\n\n{markdown(results)}\n\n{END}{after}", encoding="utf-8")
+    pages.put(page, "cuda", markdown(results))
 
 
 def main(folder: Path) -> None:

@@ -17,6 +17,7 @@ from adalora.compare.cells import RESULTS, Results, dev_cells, groups, picked_ce
 from adalora.compare.report import markdown
 from adalora.compare.suite import Suite, load_suite
 from adalora.compare.summary import summarize
+from benchmarks import pages
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -63,14 +64,12 @@ def main() -> None:
     """Write `benchmarks/results/SUITE.jsonl` and the suite's part of the page."""
     suite = load_suite(sys.argv[1], output=sys.argv[2])
     results = Results(suite.folder / RESULTS)
-    start, end = f"<!-- {suite.name} -->", f"<!-- end of {suite.name} -->"
-    page = PAGE.read_text(encoding="utf-8")
-    if start not in page:
+    start, end = pages.marks(suite.name)
+    if start not in PAGE.read_text(encoding="utf-8"):
         raise SystemExit(f"{PAGE.name} has no place for {suite.name}: add the two lines {start} and {end}")
     lines = [json.dumps(row) + "\n" for row in wanted_rows(suite, results)]
     (ROOT / "benchmarks" / "results" / f"{suite.name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    before, rest = page.split(start, 1)
-    PAGE.write_text(f"{before}{start}\n\n{rendered(suite, results)}\n\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
+    pages.put(PAGE, suite.name, rendered(suite, results))
     print(f"{len(lines)} rows, {PAGE}")
 
 

@@ -17,11 +17,11 @@ from typing import Any
 from adalora.compare.running import machine, versions
 from adalora.tasks.recipe_files import load_recipe
 from adalora.tasks.runner import run_recipe
+from benchmarks import pages
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "recipes.jsonl"
 PAGE = ROOT / "docs" / "recipes.md"
-START, END = "<!-- recipes -->", "<!-- end of recipes -->"
 NAMES = ("airline-sentiment", "banking77:package", "stsb:package", "embedding-squad:package", "squad2-half:package")
 # At most this many scores of one recipe stand in the table.
 SHOWN = 3
@@ -67,8 +67,7 @@ def main() -> None:
             row = measure(name)
             with RESULTS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-    before, rest = PAGE.read_text(encoding="utf-8").split(START, 1)
-    PAGE.write_text(f"{before}{START}\n\n{table(read())}\n\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    pages.put(PAGE, "recipes", table(read()))
 
 
 if __name__ == "__main__":

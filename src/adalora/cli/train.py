@@ -64,14 +64,15 @@ def recipes() -> None:
 
     from adalora.tasks.recipe_files import catalogue
 
+    entries = catalogue()
     variants: dict[str, list[str]] = {}
-    for entry in catalogue():
+    for entry in entries:
         name, _, variant = entry.name.partition(":")
         variants.setdefault(name, []).extend([variant] if variant else [])
     console = Console()
     wide = console.width >= 130
     table = Table(Column("name", no_wrap=True), "variants", "task", *(["model"] if wide else []), "description")
-    for entry in catalogue():
+    for entry in entries:
         if entry.name in variants:
             model = [entry.model] if wide else []
             table.add_row(entry.name, "\n".join(variants[entry.name]), entry.task, *model, entry.description)

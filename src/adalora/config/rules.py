@@ -131,7 +131,7 @@ def _without_effect(config: AdaLoraConfig) -> list[tuple[str, str]]:
         found += [(name, constant) for name in (*OF_ALLOCATION, *OF_GRADIENT_SCORES)]
     elif not config.needs_gradients:
         found += [(name, f'importance="{config.importance}" (no gradient in it)') for name in OF_GRADIENT_SCORES]
-    elif config.importance in ("sensitivity", "lambda_sensitivity"):
+    elif not config.needs_uncertainty:
         found.append(("uncertainty_beta", f'importance="{config.importance}" (no uncertainty in it)'))
     if not config.orthogonality_weight:
         found.append(("score_gradient", f"orthogonality_weight={config.orthogonality_weight:g}"))

@@ -263,6 +263,11 @@ class AdaLoraConfig(BaseModel):
         """Whether the score is built on gradients' averages: magnitudes are not, registered scores are."""
         return self.importance in GRADIENT_SCORES or self.importance not in get_args(Importance)
 
+    @property
+    def needs_uncertainty(self) -> bool:
+        """Whether a score that is built on gradients reads their uncertainty Ū too."""
+        return self.importance not in ("sensitivity", "lambda_sensitivity")
+
     def registered_importance(self) -> Callable[..., Any] | None:
         """Another package's score function; None where the score is one of ours."""
         return None if self.importance in get_args(Importance) else plugins.load("importance", self.importance)

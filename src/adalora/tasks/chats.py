@@ -35,8 +35,7 @@ def chat_pieces(messages: list[Message], tokenizer: Any) -> list[Piece]:
     whole = chat_text(messages, tokenizer)
     turns = [_turn(whole, messages, number, tokenizer) for number, said in enumerate(messages) if _spoken(said)]
     cuts = [0, *(cut for turn in turns for cut in turn), len(whole)]
-    ids = list(tokenizer(whole, add_special_tokens=False)["input_ids"])
-    places = _places(whole, cuts, ids, tokenizer)
+    ids, places = _looked_up(whole, cuts, tokenizer)
     return [
         (ids[begin:end], bool(number % 2))  # rest, turn, rest, turn, ...
         for number, (begin, end) in enumerate(itertools.pairwise(places))
@@ -72,12 +71,14 @@ def _turn(whole: str, messages: list[Message], number: int, tokenizer: Any) -> t
     )
 
 
-def _places(text: str, cuts: list[int], ids: list[int], tokenizer: Any) -> list[int]:
-    """The number of the first token that begins at or after each cut."""
-    if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+def _looked_up(text: str, cuts: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token ids of the text, and for each cut the number of the first token that begins at or after it."""
+    fast = getattr(tokenizer, "is_fast", False)
+    encoded = tokenizer(text, add_special_tokens=False, **({"return_offsets_mapping": True} if fast else {}))
+    ids = list(encoded["input_ids"])
+    if fast:
         starts = [begin for begin, _ in encoded["offset_mapping"]]
-        return [bisect_left(starts, cut) for cut in cuts]
+        return ids, [bisect_left(starts, cut) for cut in cuts]
     # A tokenizer in Python does not say where a token begins; the tokens of the text before the cut do.
     before = [list(tokenizer(text[:cut], add_special_tokens=False)["input_ids"]) for cut in cuts]
     if any(ids[: len(start)] != start for start in before):
@@ -85,4 +86,4 @@ def _places(text: str, cuts: list[int], ids: list[int], tokenizer: Any) -> list[
             "the tokenizer joins what the assistant says with what stands around it, so its tokens cannot be told "
             "apart: set task.loss_on=all, or use the model's fast tokenizer"
         )
-    return [len(start) for start in before]
+    return ids, [len(start) for start in before]

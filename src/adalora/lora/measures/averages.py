@@ -51,7 +51,7 @@ class _Averages(ABC):
         factors = torch.stack([self._view(h, parameters[k]) for k, h in zip(present, handles)])
         gradients = torch.stack([self._view(h, own) for h, (_, own) in zip(handles, found)])
         for average, product in self._products(factors, _unscaled(gradients, unscale), handles, unscale):
-            if self.means and product.dim() == 3:
+            if self.means and average is self.factors:
                 product = product.abs_().mean(dim=self.entries_dim)
             _update(average, product, present, beta1=beta1, beta2=beta2, weights=weights)
 

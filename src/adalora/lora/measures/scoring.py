@@ -27,7 +27,7 @@ class Scorer:
         self.config = config
         self._skipped: list[int | Tensor] = []
         self.observed = 0
-        self._means = config.importance in ("sensitivity", "lambda_sensitivity")
+        self._means = not config.needs_uncertainty
         self._left: dict[tuple[int, ...], LeftAverages] = {}
         self._right: dict[tuple[int, ...], RightAverages] = {}
         self._random = torch.Generator().manual_seed(config.seed)
