@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
 from benchmarks.measuring import ratios
 from benchmarks.models import MINILM, Training, batch, training
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import typer
-from benchmarks.overhead import RESULTS, _leaves, _machine, _print
-from benchmarks.stepwise import averages, finding, handover, memory, orthogonality, skipped_layers, timed
 from torch import Tensor
 from torch.nn import functional
 
 from adalora.lora.layers.fused import fused_lora
+from benchmarks.overhead import RESULTS, _leaves, _machine, _print
+from benchmarks.stepwise import averages, finding, handover, memory, orthogonality, skipped_layers, timed
 
 ROWS, WIDTH, RANK, SCALE = 1024, 384, 8, 2.0
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
 from benchmarks.models import Shape, Training, training
 from benchmarks.operations import OperationCounter, count
 

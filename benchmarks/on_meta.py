@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
 from benchmarks.measuring import count_step
 from benchmarks.models import LLAMA_1B, NARROW_LLAMA, Shape, Training, training
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from benchmarks.measuring import peak_bytes, quartiles
-from benchmarks.models import MINILM, Training, training
-from benchmarks.operations import count
 from torch import Tensor
 
 from adalora.core.importance import SmoothedImportance
 from adalora.lora.orthogonality.orthogonal import decoupled_step, hand_over
+from benchmarks.measuring import peak_bytes, quartiles
+from benchmarks.models import MINILM, Training, training
+from benchmarks.operations import count
 
 BETA1, BETA2 = 0.85, 0.85
 NARROW = replace(MINILM, hidden=24, intermediate=48, batch=2, length=8)  # counts do not depend on widths

@@ -4,10 +4,10 @@ import json
 import re
 
 import pytest
-from benchmarks.publish import published, rendered
 
 from adalora.compare.suite import load_suite
 from adalora.config import initial_rank
+from benchmarks.publish import published, rendered
 from helpers.docs_blocks import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"

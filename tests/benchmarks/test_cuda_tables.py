@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 import typer
-from benchmarks.models import METHODS, MINILM, training
 
 from benchmarks import cuda, overhead
+from benchmarks.models import METHODS, MINILM, training
 
 CPU = torch.device("cpu")
 NARROW = replace(MINILM, layers=1, hidden=24, intermediate=48, batch=2, length=8)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+
 from benchmarks.measuring import operations
 from benchmarks.models import LLAMA_1B, LLAMA_1B_NARROW
 from benchmarks.on_meta import counts_on_meta

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from benchmarks.figure import draw
 from benchmarks.measuring import interleaved, operations, peak_bytes, ratios
 from benchmarks.models import MINILM, training

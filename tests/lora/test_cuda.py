@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from benchmarks.operations import DeviceWaits
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import adalora
+from benchmarks.operations import DeviceWaits
 from helpers.compiling import in_one_graph
 
 pytestmark = [

@@ -5,11 +5,11 @@ On CUDA itself: `test_cuda.py`.
 
 import pytest
 import torch
-from benchmarks.operations import DeviceWaits
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import adalora
+from benchmarks.operations import DeviceWaits
 
 
 class Net(nn.Module):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from benchmarks.operations import OperationCounter, count
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -14,6 +13,7 @@ from adalora.lora.measures.scoring import Scorer
 from adalora.lora.orthogonality.orthogonal import decoupled_step, orthogonality_error
 from adalora.lora.orthogonality.regularization import coupled_gradients, decoupled_svd_step
 from adalora.lora.ranks.masking import zero_pruned
+from benchmarks.operations import OperationCounter, count
 
 
 class Net(nn.Module):
