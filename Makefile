@@ -36,7 +36,7 @@ bench: $(VENV)/.dev
 check: lint types imports
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev
