@@ -30,7 +30,7 @@ from adalora.export import read_adapter
 from adalora.export.compression import score_with
 from adalora.export.ordered import TripletOrder, cut_by, energy_order
 from adalora.report.figures.budget_curve import plot_curve
-from adalora.tasks.curve import recorded_order
+from adalora.tasks.runs.curve import recorded_order
 
 TRAINED = (0.2, 0.4, 0.6)  # budgets that a training of its own is made at, to compare with
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)

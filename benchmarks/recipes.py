@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from adalora.compare.running import machine, versions
-from adalora.tasks.recipe_files import load_recipe
-from adalora.tasks.runner import run_recipe
+from adalora.tasks.recipe.files import load_recipe
+from adalora.tasks.runs.runner import run_recipe
 from benchmarks import pages
 
 ROOT = Path(__file__).parent.parent

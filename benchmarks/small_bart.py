@@ -23,7 +23,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from adalora.tasks.sources import load_builtin
+from adalora.tasks.data.sources import load_builtin
 
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
 STEPS, BATCH, RATE, MASKED = 2_000, 32, 1e-3, 0.35

@@ -21,9 +21,9 @@ from pydantic.fields import FieldInfo
 from adalora.cli import commands
 from adalora.config import AdaLoraConfig
 from adalora.report.thresholds import DiagnosticThresholds
-from adalora.tasks.options import TASKS, Generation, task_names
-from adalora.tasks.recipe import DataPart, ModelPart, Published, Recipe, TrainingPart
-from adalora.tasks.recipe_files import catalogue_folder
+from adalora.tasks.recipe.fields import DataPart, ModelPart, Published, Recipe, TrainingPart
+from adalora.tasks.recipe.files import catalogue_folder
+from adalora.tasks.recipe.options import TASKS, Generation, task_names
 
 DOCS = Path(__file__).parent
 PARTS: dict[str, type[BaseModel]] = {

@@ -33,7 +33,7 @@ def parts():
 
 @pytest.mark.parametrize("name", parts())
 def test_the_tables_of_a_suite_are_its_rows(name, monkeypatch):
-    monkeypatch.setattr("adalora.tasks.recipe.check_lora_fields", dict)  # checked in the run; here once a cell
+    monkeypatch.setattr("adalora.tasks.recipe.fields.check_lora_fields", dict)  # checked in the run; here once a cell
     own = ROOT / "benchmarks" / f"{name}.yaml"
     suite = load_suite(own if own.is_file() else name)
     assert rendered(*published(suite, RESULTS / f"{name}.jsonl")) == parts()[name]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from adalora import export
 from adalora.cli import commands
 from adalora.report import figures
-from adalora.tasks import options, recipe
+from adalora.tasks.recipe import fields, options
 from helpers.docs_blocks import ROOT, blocks, pages
 
 DOCS = ROOT / "docs"
@@ -43,10 +43,10 @@ def test_tables_are_as_the_script_writes_them(page):
 
 def test_every_part_of_a_recipe_has_its_table():
     """Found in the modules, not in the script: a new part or task is missed otherwise."""
-    bases = {recipe.Part, options.Options}
+    bases = {fields.Part, options.Options}
     found = {
         model
-        for module in (recipe, options)
+        for module in (fields, options)
         for _, model in inspect.getmembers(module, inspect.isclass)
         if issubclass(model, BaseModel) and model not in {BaseModel, *bases}
     }

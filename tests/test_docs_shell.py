@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 
 from adalora.cli import commands as all_commands
 from adalora.compare.suite import load_suite
-from adalora.tasks.recipe import Recipe
-from adalora.tasks.recipe_files import find_recipe
+from adalora.tasks.recipe.fields import Recipe
+from adalora.tasks.recipe.files import find_recipe
 from helpers.docs_blocks import ROOT, blocks, commands, pages
 
 LANGUAGES = {"python", "bash", "yaml", "toml", "dockerfile"}
@@ -34,8 +34,8 @@ NOT_RUN = {
     "adalora compare small": ("an hour; it is planned below, --processes runs in tests/compare", {"--processes"}),
     "adalora compare core": ("hours; it is planned below", {"--processes"}),
     "adalora compare full": ("days; it is planned below", {"--processes"}),
-    "torchrun": ("tests/tasks/test_launchers.py runs it", {"--standalone", "--nproc-per-node", "-m"}),
-    "accelerate launch": ("tests/tasks/test_launchers.py runs it", {"--multi_gpu", "--num_processes", "-m"}),
+    "torchrun": ("tests/tasks/runs/test_launchers.py runs it", {"--standalone", "--nproc-per-node", "-m"}),
+    "accelerate launch": ("tests/tasks/runs/test_launchers.py runs it", {"--multi_gpu", "--num_processes", "-m"}),
     "vllm serve": (SERVER, {"--enable-lora", "--max-lora-rank", "--lora-modules"}),
     "python -m sglang.launch_server": (
         SERVER,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import adalora
-from adalora.tasks.options import TASKS, task_names
+from adalora.tasks.recipe.options import TASKS, task_names
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -100,7 +100,7 @@ def test_every_folder_of_the_package_has_its_tests():
     folders = [path.parent.relative_to(package).as_posix() for path in package.glob("*/**/__init__.py")]
     assert "lora/layers" in folders
     beside = [ROOT / "tests" / name for name in sorted(folders)]
-    assert [str(t) for t in beside if not [*t.glob("test_*.py"), *t.parent.glob(f"test_{t.name}.py")]] == []
+    assert [str(t) for t in beside if not [*t.rglob("test_*.py"), *t.parent.glob(f"test_{t.name}.py")]] == []
 
 
 def test_every_folder_of_tests_is_one_of_the_package_or_on_the_page():

@@ -4,8 +4,8 @@ from typer.testing import CliRunner
 
 from adalora.cli import train
 from adalora.errors import RecipeError
-from adalora.tasks.options import task_names
-from adalora.tasks.recipe_files import load_recipe
+from adalora.tasks.recipe.files import load_recipe
+from adalora.tasks.recipe.options import task_names
 from adalora.tasks.wizard import guess_columns
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from adalora.errors import AdapterFileError
-from adalora.tasks.prediction import load_saved
-from adalora.tasks.recipe_files import catalogue
+from adalora.tasks.recipe.files import catalogue
+from adalora.tasks.runs.prediction import load_saved
 
 
 def adalora(*arguments):

@@ -2,7 +2,7 @@ import pytest
 
 from adalora.compare.suite import load_suite
 from adalora.errors import RecipeError
-from adalora.tasks.recipe_files import catalogue_folder
+from adalora.tasks.recipe.files import catalogue_folder
 
 
 @pytest.mark.parametrize(

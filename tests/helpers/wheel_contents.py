@@ -8,7 +8,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import adalora
-from adalora.tasks.recipe_files import catalogue, catalogue_folder, load_recipe
+from adalora.tasks.recipe.files import catalogue, catalogue_folder, load_recipe
 
 ROOT = Path(__file__).parents[2]
 

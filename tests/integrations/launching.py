@@ -1,7 +1,8 @@
 """Runs the workers of the tests with several processes: importing takes longer than most cases.
 
 So a worker does many cases, and its processes are forks of one that has imported all. That the package works under the
-launchers that people use is another matter: `test_training_docs.py` and `tests/tasks/test_launchers.py` start those.
+launchers that people use is another matter: `test_training_docs.py` and `tests/tasks/runs/test_launchers.py` start
+those.
 """
 
 import contextlib

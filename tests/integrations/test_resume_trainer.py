@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 import adalora
 from adalora.errors import AdaLoraWarning, CheckpointError
 from adalora.lora.state.checkpoint import DESCRIPTION, TENSORS
-from adalora.tasks.curve import foreign_scores
+from adalora.tasks.runs.curve import foreign_scores
 from helpers.tiny_bert import Tokens, bert
 
 # Warm-up and hand-over end with step 3, allocations follow steps 6, 8, 10, 12 and 13, the last with the compaction.

@@ -8,7 +8,7 @@ from datasets import Audio, ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pictures
 
 from adalora.errors import DataError
-from adalora.tasks.sources import SQUAD_TEST, SQUAD_TRAIN, SQUAD_VALIDATION
+from adalora.tasks.data.sources import SQUAD_TEST, SQUAD_TRAIN, SQUAD_VALIDATION
 
 from .tiny import WORDS
 
@@ -110,7 +110,7 @@ SETS = {
 
 
 def load_hub(name, config=None, *, streaming=False):
-    """What `adalora.tasks.hub.load_hub` gives: 32 rows of the first split, 8 of each other."""
+    """What `adalora.tasks.data.hub.load_hub` gives: 32 rows of the first split, 8 of each other."""
     if (name, config) not in SETS:
         raise DataError(f"the stand-in has no {name!r} ({config})")
     make, features, splits = SETS[name, config]

@@ -7,8 +7,8 @@ from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from adalora.tasks.recipe import Recipe
-from adalora.tasks.runner import run_recipe
+from adalora.tasks.recipe.fields import Recipe
+from adalora.tasks.runs.runner import run_recipe
 
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
 WORDS = [f"w{n}" for n in range(20)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from adalora.tasks.curve import CurvePoint
+    from adalora.tasks.runs.curve import CurvePoint
 
 
 def register(app: typer.Typer) -> None:
@@ -37,7 +37,7 @@ def curve(
     Above 100 % pruned triplets come back, frozen as they were when they were pruned.
     """
     from adalora.cli.train import _quiet
-    from adalora.tasks.curve import budget_curve, write_curve
+    from adalora.tasks.runs.curve import budget_curve, write_curve
 
     def show(point: CurvePoint) -> None:
         scores = "  ".join(f"{name} {value:.4f}" for name, value in point.scores.items())

@@ -28,7 +28,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
 ) -> None:
     """Train a recipe."""
-    from adalora.tasks.recipe_files import load_recipe
+    from adalora.tasks.recipe.files import load_recipe
 
     _run(load_recipe(recipe, overrides=change or []), overwrite=overwrite, resume=resume)
 
@@ -41,14 +41,14 @@ def demo(
     """Fine-tune MiniLM on airline tweets (about four minutes on two cores), or answer with what was trained."""
     from rich.console import Console
 
-    from adalora.tasks.recipe_files import load_recipe
+    from adalora.tasks.recipe.files import load_recipe
 
     if predict is not None:
         _answer(out, predict)
         return
     if not overwrite and (metrics := _finished(out)) is not None:
-        from adalora.tasks.outputs import written
-        from adalora.tasks.progress import show_result
+        from adalora.tasks.runs.outputs import written
+        from adalora.tasks.runs.progress import show_result
 
         show_result(Console(), metrics, written(out))
         typer.echo(f"{out} was trained before; to train again: adalora demo --out {out} --overwrite")
@@ -62,7 +62,7 @@ def recipes() -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    from adalora.tasks.recipe_files import catalogue
+    from adalora.tasks.recipe.files import catalogue
 
     entries = catalogue()
     variants: dict[str, list[str]] = {}
@@ -89,8 +89,8 @@ def init(
 
     from adalora.errors import RecipeError
     from adalora.tasks import wizard
-    from adalora.tasks.options import task_names
-    from adalora.tasks.outputs import write_text
+    from adalora.tasks.recipe.options import task_names
+    from adalora.tasks.runs.outputs import write_text
 
     if out.exists() and not overwrite:
         raise RecipeError(f"{out} exists; choose another name or add --overwrite")
@@ -114,8 +114,8 @@ def _run(recipe: Any, *, overwrite: bool, resume: bool = False) -> None:
     from accelerate import PartialState
     from rich.console import Console
 
-    from adalora.tasks.progress import show_result
-    from adalora.tasks.runner import run_recipe
+    from adalora.tasks.runs.progress import show_result
+    from adalora.tasks.runs.runner import run_recipe
 
     _quiet()
     console = Console()
@@ -145,7 +145,7 @@ def _finished(out: Path) -> dict[str, Any] | None:
 
 
 def _answer(out: Path, text: str) -> None:
-    from adalora.tasks.prediction import predict
+    from adalora.tasks.runs.prediction import predict
 
     _quiet()
     for label, probability in predict(out, text).items():

@@ -15,7 +15,7 @@ from adalora.compare.methods import METHODS, configure
 from adalora.compare.suite import MethodPart, Stage, Suite, TaskPart, task_name
 from adalora.config import AdaLoraConfig
 from adalora.errors import DataError
-from adalora.tasks.recipe import Recipe
+from adalora.tasks.recipe.fields import Recipe
 
 RESULTS = "results.jsonl"
 LOWER_IS_BETTER = ("loss", "nll", "perplexity", "wer", "cer", "mse")

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 
 from adalora.errors import RecipeError
 from adalora.lora.starts.gradient_sketch import GradientSketch
-from adalora.tasks.base import Task
-from adalora.tasks.data import Splits
-from adalora.tasks.recipe import Recipe
+from adalora.tasks.data.rows import Splits
+from adalora.tasks.kinds.base import Task
+from adalora.tasks.recipe.fields import Recipe
 
 EVA_BATCHES = 64  # at most; EVA stops by itself when its directions have settled
 GRADIENT_BATCHES = 8

@@ -15,10 +15,10 @@ from adalora.compare.bottleneck import inject
 from adalora.compare.feeding import fill_eva, follow_gradient
 from adalora.config import initial_rank, paper_initial_rank
 from adalora.errors import RecipeError
-from adalora.tasks.base import Task
-from adalora.tasks.data import Splits
-from adalora.tasks.models import load_base, lora_config, whole_modules
-from adalora.tasks.recipe import Recipe
+from adalora.tasks.data.rows import Splits
+from adalora.tasks.kinds.base import Task
+from adalora.tasks.recipe.fields import Recipe
+from adalora.tasks.runs.models import load_base, lora_config, whole_modules
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from adalora.compare.stability import STABILITY, stability
 from adalora.compare.summary import Summary
 from adalora.compare.tables import COLUMNS, OVERALL, overall, sentences, tables
 from adalora.report.style import GRID, INK, MUTED, PHASES, SERIES, SURFACE, to_svg
-from adalora.tasks.outputs import write_text
+from adalora.tasks.runs.outputs import write_text
 
 NOTE = (
     "Differences are of test scores on the same seeds, better is positive, with {confidence:.0%} bootstrap intervals; "

@@ -69,8 +69,8 @@ def _train(cell: Cell) -> dict[str, Any]:
     from rich.console import Console
 
     from adalora.compare.methods import MethodRun
-    from adalora.tasks.recipe import Recipe
-    from adalora.tasks.runner import RunHooks, run_recipe
+    from adalora.tasks.recipe.fields import Recipe
+    from adalora.tasks.runs.runner import RunHooks, run_recipe
 
     recipe = Recipe.parse(cell.recipe)
     rank = cell.budget or int(cell.recipe["lora"]["r"])

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator,
 
 from adalora.compare.methods import METHODS
 from adalora.errors import RecipeError
-from adalora.tasks.problems import describe, suggest
-from adalora.tasks.recipe import Recipe
-from adalora.tasks.recipe_files import catalogue_folder, load_recipe, read_yaml
+from adalora.tasks.recipe.fields import Recipe
+from adalora.tasks.recipe.files import catalogue_folder, load_recipe, read_yaml
+from adalora.tasks.recipe.problems import describe, suggest
 
 
 class Part(BaseModel):

@@ -9,9 +9,9 @@ import yaml
 
 from adalora.config import initial_rank
 from adalora.errors import DataError, RecipeError
-from adalora.tasks.data import FORMATS, load_table_columns
-from adalora.tasks.options import TASKS, Options
-from adalora.tasks.recipe import Recipe
+from adalora.tasks.data.rows import FORMATS, load_table_columns
+from adalora.tasks.recipe.fields import Recipe
+from adalora.tasks.recipe.options import TASKS, Options
 
 # Roles of a causal language model that are used together; the first that the data have is taken.
 CAUSAL_FORMS = (("messages",), ("prompt", "completion"), ("text",))

@@ -1,0 +1,1 @@
+"""A recipe: its fields, their checks, its file."""
