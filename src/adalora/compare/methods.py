@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from adalora.compare.bottleneck import inject
-from adalora.compare.feeding import fill_eva, follow_gradient
+from adalora.compare.feeding import fill_eva
 from adalora.config import initial_rank, paper_initial_rank
 from adalora.errors import RecipeError
 from adalora.tasks.data.rows import Splits
@@ -29,6 +29,7 @@ class Method:
         help: One line.
         lora: Fields of LoraConfig.
         adalora: Fields of AdaLoraConfig beside the target rank; None where this package's method is not used.
+        training: Fields of the recipe's training part.
         initial: Initial rank for a target rank.
         budgeted: Its size can be chosen; others are trained once, whatever the budget.
     """
@@ -36,6 +37,7 @@ class Method:
     help: str
     lora: dict[str, Any] = field(default_factory=dict)
     adalora: dict[str, Any] | None = None
+    training: dict[str, Any] = field(default_factory=dict)
     initial: Callable[[int], int] = int
     budgeted: bool = True
 
@@ -64,7 +66,12 @@ METHODS: dict[str, Method] = {
         help="this package, triplets kept at random", adalora={"importance": "random"}, initial=initial_rank
     ),
     "ours": Method(help="this package, default configuration", adalora={}, initial=initial_rank),
-    "gradient": Method(help="ours, started along the gradient of eight batches", adalora={}, initial=initial_rank),
+    "gradient": Method(
+        help="ours, started along the gradient of eight batches",
+        adalora={},
+        training={"gradient_batches": 8},
+        initial=initial_rank,
+    ),
 }
 
 
@@ -95,6 +102,7 @@ def configure(
     fields["lora"] = {**fields["lora"], "r": start, **method.lora, **(lora or {})}
     if alpha is not None:
         fields["lora"]["lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
+    fields["training"] |= method.training
     fields["adalora"] = None
     if method.adalora is not None:
         cost = {"budget_cost": equal} if start > rank else {}  # nothing is allocated otherwise
@@ -130,10 +138,6 @@ class MethodRun:
             config.init_lora_weights, config.eva_config = "eva", EvaConfig()
             model = get_peft_model(model, config, low_cpu_mem_usage=True)
             return fill_eva(model, recipe, task, processor=processor, splits=splits)
-        if self.kind == "gradient":
-            model = get_peft_model(model, config)
-            follow_gradient(model, recipe, task, processor=processor, splits=splits)
-            return model
         if self.kind not in ("full", "head", "bitfit", "houlsby", "pfeiffer"):
             return get_peft_model(model, config)
         if self.kind in ("houlsby", "pfeiffer"):

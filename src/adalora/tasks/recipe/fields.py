@@ -126,6 +126,8 @@ class TrainingPart(Part):
         evaluate_every: Steps between evaluations on the validation split; none by default.
         keep_best: Keep the best evaluation's weights instead of the last ones.
         keep_pruned: Keep pruned triplets, as they were, in `pruned.safetensors` for `adalora curve` above 100 %.
+        gradient_batches: Before training, turn the triplets to the leading directions of the gradient of this many
+            batches (`adalora.GradientSketch`); 8 are enough. By default LoRA's random start.
         log_every: Steps between logged losses.
         workers: Processes that load data.
         seed: Of initialisation, order and dropout.
@@ -150,6 +152,7 @@ class TrainingPart(Part):
     evaluate_every: int | None = Field(default=None, ge=1)
     keep_best: bool = False
     keep_pruned: bool = True
+    gradient_batches: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=10, ge=1)
     workers: int = Field(default=0, ge=0)
     seed: int = 0

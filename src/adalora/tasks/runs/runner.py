@@ -28,6 +28,7 @@ from adalora.tasks.data.rows import Splits, load_splits
 from adalora.tasks.kinds.base import Task, make_task
 from adalora.tasks.recipe.fields import Recipe
 from adalora.tasks.recipe.files import dump_recipe
+from adalora.tasks.runs.first_batches import follow_gradient
 from adalora.tasks.runs.models import adapter_parameters, build_model, build_processor, trainable
 from adalora.tasks.runs.outputs import (
     ADAPTER,
@@ -135,6 +136,8 @@ def run_recipe(
     task = make_task(recipe, splits)
     processor = build_processor(recipe, task)
     model = hooks.build(recipe, task, processor, splits) if hooks.build else build_model(recipe, task, processor)
+    if checkpoint is None:
+        follow_gradient(model, recipe, task, processor=processor, splits=splits)
     history = History(folder / HISTORY if first else None)
     adaptive = _adaptive(recipe, folder, history, first=first)
     trainer = make_trainer(recipe, task, model=model, processor=processor, splits=splits)
