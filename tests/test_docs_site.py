@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,6 @@ def test_the_recipes_page_has_every_task_with_its_columns():
 
 
 def test_the_picture_and_the_page_show_the_layers_that_are_enforced():
-    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     contracts = settings["tool"]["importlinter"]["contracts"]
     layers = [layer.replace("adalora.", "") for layer in reversed(contracts[0]["layers"])]

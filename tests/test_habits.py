@@ -1,6 +1,7 @@
 """Versions and commands that are written in two places say the same."""
 
 import re
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -18,7 +19,6 @@ def pins(name):
 
 
 def project():
-    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 

@@ -1,5 +1,6 @@
 """examples/plugin-package: its score and schedule are found by entry point and decide a run."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ FOLDER = Path(__file__).parents[2] / "examples" / "plugin-package"
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
     """The package as an installer leaves it: its code on the path, and its metadata, made from its pyproject.toml."""
-    project = pytest.importorskip("tomllib").loads((FOLDER / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((FOLDER / "pyproject.toml").read_text())["project"]
     info = tmp_path / f"adalora_extras-{project['version']}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
