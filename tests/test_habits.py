@@ -3,6 +3,7 @@
 import re
 import tomllib
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ def test_environments_are_installed_as_pinned():
     for line in project()["optional-dependencies"]["environments"]:
         requirement = Requirement(line)
         assert requirement.specifier.contains(newest[requirement.name]), requirement.name
-        assert requirement.specifier.contains(metadata.version(requirement.name)), requirement.name
+        if find_spec("trl") is not None:  # not beside the oldest versions
+            assert requirement.specifier.contains(metadata.version(requirement.name)), requirement.name
 
 
 def test_the_oldest_versions_are_the_lowest_that_are_allowed():

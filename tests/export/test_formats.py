@@ -16,6 +16,7 @@ from transformers import (
 
 from adalora.errors import AdapterFileError
 from adalora.export import FORMATS, export_adapter, read_adapter, verify_adapter
+from helpers.oldest import loads_every_adapter
 
 from .conftest import LAYERS, RAGGED, SUFFIXES, llama, load_peft, logits, randomise, save_lora, save_ragged
 
@@ -185,6 +186,7 @@ def test_a_classifier_keeps_its_trained_head(tmp_path, format):
     assert (got - wanted).abs().max() < 1e-5 * change
 
 
+@loads_every_adapter
 def test_servers_of_language_models_say_that_a_classifier_is_not_theirs(tmp_path):
     save_bert(tmp_path / "a", tmp_path / "base")
     results = {r.stack: r for r in verify_adapter(tmp_path / "a")}

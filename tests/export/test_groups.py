@@ -22,6 +22,7 @@ from adalora.export.merged import add_factor
 from adalora.export.pruned import read_pruned, revive
 from adalora.export.reading import read_adapter
 from adalora.export.stacks.verifying import verify_adapter
+from helpers.oldest import loads_every_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
 
@@ -157,6 +158,7 @@ def test_a_run_with_what_it_pruned(tmp_path):
     loaded(tmp_path / "more")(data(0))
 
 
+@loads_every_adapter
 def test_servers_refuse_and_peft_is_exact(folder):
     results = {r.stack: r.status for r in verify_adapter(folder)}
     assert results["PEFT"] == results["transformers"] == "exact"

@@ -9,9 +9,11 @@ from plain_adapter import assert_saved_equals_live
 from torch import nn
 
 import adalora
+from helpers.oldest import compiled_models
 from helpers.tiny_bert import Tokens, bert
 
 
+@compiled_models
 @pytest.mark.filterwarnings("ignore")
 def test_torch_compile(tmp_path):
     """Masking does not recompile; the model shrinks and goes on; the result is that of the eager model."""

@@ -3,6 +3,8 @@
 import pytest
 from launching import launch
 
+from helpers.oldest import checkpoint_of_ddp_on_cpu
+
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
@@ -37,6 +39,7 @@ def test_ddp_resumes_bit_for_bit(result):
     assert len(found["moments"]) == 6
 
 
+@checkpoint_of_ddp_on_cpu
 def test_ddp_through_the_trainer(result):
     """One controller step for each of the trainer's, with accumulation; a resumed run ends in the same weights.
 

@@ -1,6 +1,5 @@
 """The Trainer's loggers get the same numbers as the history, and the ranks as a picture."""
 
-import importlib.util
 import json
 
 import pytest
@@ -9,6 +8,7 @@ from transformers import TrainerCallback
 
 import adalora
 from adalora.integrations.loggers import PHASES, PICTURES
+from helpers.oldest import needs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -19,10 +19,6 @@ pytestmark = [
 ]
 
 from test_trainer import base  # noqa: E402, F401
-
-
-def needs(package):
-    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
 
 
 def train(base, folder, **settings):  # noqa: F811

@@ -3,6 +3,8 @@
 import pytest
 from launching import launch
 
+from helpers.oldest import shards_on_cpu
+
 BOTH = pytest.mark.parametrize(
     "kind", ["ours", pytest.param("peft", marks=pytest.mark.xfail(strict=True, reason="PEFT 0.21.2"))]
 )
@@ -15,6 +17,7 @@ def result(tmp_path_factory):
     return launch("peft_worker.py", cases, tmp_path_factory.mktemp("peft"))
 
 
+@shards_on_cpu
 @BOTH
 def test_26_fully_sharded(kind, result):
     """PEFT: its allocator takes masks of sharded tensors for lists."""

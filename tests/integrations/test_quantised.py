@@ -11,8 +11,10 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 import adalora
 from adalora.errors import AdaLoraWarning
+from helpers.oldest import needs
 
 
+@needs("bitsandbytes")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.filterwarnings("ignore")
 def test_bitsandbytes_bases(tmp_path, bits):
@@ -26,6 +28,7 @@ def test_bitsandbytes_bases(tmp_path, bits):
     quantised(base, tmp_path)
 
 
+@needs("torchao")
 @pytest.mark.filterwarnings("ignore")
 def test_torchao_base(tmp_path):
     """A base quantised by torchao."""
@@ -90,6 +93,7 @@ def quantised(base, folder):
                 assert torch.equal(module.get_delta_weight("default"), other[name].get_delta_weight("default"))
 
 
+@needs("torchao")
 @pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit"])
 @pytest.mark.filterwarnings("ignore")
 def test_torchaos_optimizers_train_masked(name):

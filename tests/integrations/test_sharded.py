@@ -5,9 +5,13 @@ import torch
 from launching import launch
 from one_process import assert_as_in_one_process
 
+from helpers.oldest import shards_on_cpu
+
 COMPARED = ["plain", "svd", "reorthonormal", "magnitude", "hybrid_2x1", "hybrid_1x2"]
 RESUMED = ["plain", "svd"]
 CASES = {"compare": COMPARED, "resumed": RESUMED}
+
+pytestmark = shards_on_cpu
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,12 @@ import pytest
 from launching import launch
 from one_process import assert_as_in_one_process
 
+from helpers.oldest import shards_on_cpu
+
 # Sharded files; and whole ones, with weights that only the first process holds until they are sharded.
 ACCELERATE = ["accelerate", "accelerate_efficient"]
+
+pytestmark = shards_on_cpu
 
 
 @pytest.fixture(scope="module")

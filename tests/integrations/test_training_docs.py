@@ -11,11 +11,13 @@ from peft import PeftModel
 import adalora
 from adalora.lora.state.checkpoint import is_whole
 from helpers.docs_blocks import run, sections
+from helpers.oldest import compiled_models, needs, shards_on_cpu
 from helpers.tiny_bert import bert
 
 SECTIONS = sections("docs/training.md")
 SEVERAL = ["DDP", "FSDP2"]  # sections that two processes run
 UNCHANGED = ["Hugging Face Trainer", "Accelerate"]  # and that two may run
+NEEDS = {"TRL": needs("trl"), "torch.compile": compiled_models, "Quantised bases": needs("bitsandbytes")}
 WITH_ADAPTER = ["Your own loop", "torch.compile", "Quantised bases"]
 LAYERS = sum(1 for name, _ in bert().named_modules() if name.rpartition(".")[2] in ("query", "value", "dense"))
 
@@ -27,6 +29,7 @@ def by_two(tmp_path_factory):
     return folder, start([*TORCHRUN, str(HERE / "docs_worker.py"), str(folder), *SEVERAL, *UNCHANGED])
 
 
+@shards_on_cpu
 @pytest.mark.parametrize("title", SEVERAL)
 def test_two_processes_run_the_blocks_of(title, by_two):
     loaded = PeftModel.from_pretrained(bert(), by_two[0] / title / "adapter")
@@ -34,6 +37,7 @@ def test_two_processes_run_the_blocks_of(title, by_two):
     assert sum(ranks) == 8 * LAYERS
 
 
+@shards_on_cpu
 def test_two_processes_run_the_trainers_and_accelerates_blocks_unchanged(by_two):
     folder, printed = by_two
     assert [printed.count(f"{title}: {8 * LAYERS} of {8 * LAYERS}") for title in UNCHANGED] == [2, 2]
@@ -41,7 +45,7 @@ def test_two_processes_run_the_trainers_and_accelerates_blocks_unchanged(by_two)
     assert is_whole(folder / UNCHANGED[1] / "accelerate")
 
 
-@pytest.mark.parametrize("title", [title for title in SECTIONS if title not in SEVERAL])
+@pytest.mark.parametrize("title", [pytest.param(t, marks=NEEDS.get(t, ())) for t in SECTIONS if t not in SEVERAL])
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 def test_blocks_of(title, tmp_path, monkeypatch):
     # The default backend writes C++ and waits for a compiler; the graphs are the same.

@@ -67,6 +67,8 @@ def test_a_recipe_runs(name, tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "load_hub", load_hub)
     monkeypatch.setattr(runner, "build_report", lambda *_, **__: None)  # most of a short run's time; tested elsewhere
     recipe = shortened(name, tmp_path)
+    if recipe.model.quantization is not None:
+        pytest.importorskip("bitsandbytes")
     console = Console(file=io.StringIO(), width=200)
     result = run_recipe(recipe, console=console)
     metrics = result.metrics
