@@ -1,4 +1,4 @@
-"""Puts the outcome of `adalora compare` into the repository: its rows, and its tables into docs/results.md.
+"""Puts the outcome of `adalora compare` into the repository: its rows, its tables into docs/results.md, its figures.
 
     python -m benchmarks.publish SUITE FOLDER
 
@@ -10,17 +10,24 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
 from adalora.compare.cells import RESULTS, Results, dev_cells, groups, picked_cells
+from adalora.compare.plots import plot_all_curves, plot_differences
 from adalora.compare.report import markdown
 from adalora.compare.suite import Suite, load_suite
 from adalora.compare.summary import summarize
+from adalora.report.style import STYLE
 from benchmarks import pages
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "results.md"
+FIGURES = ROOT / "docs" / "figures"
 
 
 def wanted_rows(suite: Suite, results: Results) -> list[dict[str, object]]:
@@ -60,8 +67,26 @@ def rendered(suite: Suite, results: Results) -> str:
     return "\n".join(line for line in tables.splitlines() if not re.match(r"## \S+$", line)).strip()
 
 
+def figures(suite: Suite, results: Results) -> dict[str, Figure]:
+    """The suite's figures by file name: differences, and learning curves where dev scores were taken in training."""
+    summary = summarize(suite, results)
+    found = {f"{suite.name}-differences.svg": plot_differences(summary)}
+    if any(row.get("dev_curve") for line in summary.lines for row in line.tests.values()):
+        found[f"{suite.name}-curves.svg"] = plot_all_curves(summary)
+    return found
+
+
+def linked(suite: Suite, names: Iterable[str]) -> str:
+    """The figures as the page shows them."""
+    told = {
+        "differences": "difference to the baseline, each seed and the mean with its interval",
+        "curves": "dev scores",
+    }
+    return "\n".join(f"![{suite.name}: {told[Path(n).stem.rpartition('-')[2]]}](figures/{n})" for n in names)
+
+
 def main() -> None:
-    """Write `benchmarks/results/SUITE.jsonl` and the suite's part of the page."""
+    """Write `benchmarks/results/SUITE.jsonl`, the suite's part of the page, and its figures."""
     suite = load_suite(sys.argv[1], output=sys.argv[2])
     results = Results(suite.folder / RESULTS)
     start, end = pages.marks(suite.name)
@@ -69,7 +94,11 @@ def main() -> None:
         raise SystemExit(f"{PAGE.name} has no place for {suite.name}: add the two lines {start} and {end}")
     lines = [json.dumps(row) + "\n" for row in wanted_rows(suite, results)]
     (ROOT / "benchmarks" / "results" / f"{suite.name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    pages.put(PAGE, suite.name, rendered(suite, results))
+    drawn = figures(suite, results)
+    for name, figure in drawn.items():
+        with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
+            figure.savefig(FIGURES / name, metadata={"Date": None, "Creator": None})
+    pages.put(PAGE, suite.name, f"{linked(suite, drawn)}\n\n{rendered(suite, results)}")
     print(f"{len(lines)} rows, {PAGE}")
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from adalora.compare.suite import load_suite
 from adalora.config import initial_rank
-from benchmarks.publish import published, rendered
+from benchmarks.publish import FIGURES, figures, linked, published, rendered
 from helpers.docs_blocks import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,7 +36,14 @@ def test_the_tables_of_a_suite_are_its_rows(name, monkeypatch):
     monkeypatch.setattr("adalora.tasks.recipe.fields.check_lora_fields", dict)  # checked in the run; here once a cell
     own = ROOT / "benchmarks" / f"{name}.yaml"
     suite = load_suite(own if own.is_file() else name)
-    assert rendered(*published(suite, RESULTS / f"{name}.jsonl")) == parts()[name]
+    found = published(suite, RESULTS / f"{name}.jsonl")
+    drawn = figures(*found)
+    assert f"{linked(found[0], drawn)}\n\n{rendered(*found)}" == parts()[name]
+    for file, figure in drawn.items():
+        svg = (FIGURES / file).read_text(encoding="utf-8")
+        for axes in figure.axes:
+            for text in (axes.get_title(loc="left"), *(label.get_text() for label in axes.get_yticklabels())):
+                assert text in svg or file.endswith("curves.svg"), (file, text)
 
 
 def test_every_suite_s_rows_are_on_the_page():

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from adalora.compare.cells import RESULTS, Results, cells_of_rate, dev_cells, groups
+from adalora.compare.plots import plot_all_curves, plot_curves, plot_differences
 from adalora.compare.report import html, markdown, write_report
 from adalora.compare.stability import dev_drop, loss_variance, stability
 from adalora.compare.summary import summarize
@@ -46,6 +47,33 @@ def test_rows_say_better_worse_and_no_difference(summary):
     assert summary.overall["ours"][0].verdict == "better"
     assert summary.overall["ours"][0].mean == pytest.approx(100 * 0.05 / 0.73, abs=0.3)  # percent of the score
     assert any("rslora" in text and "no difference shown" in text for text in sentences(summary))
+
+
+def test_differences_are_drawn_in_percent_with_every_seed(summary):
+    figure = plot_differences(summary)
+    (axes,) = figure.axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["rank 2, ours", "rank 2, rslora", "head", "rank 4, ours", "rank 4, rslora"]
+    lines = [line for line in summary.lines if line.comparison is not None]
+    drawn = {len(found.get_xdata()): found.get_xdata() for found in axes.lines if set(found.get_ydata()) == {0}}
+    first = lines[0].comparison.difference
+    seeds, (low, high), (mean,) = (drawn[count] for count in (5, 2, 1))
+    base = next(x for x in summary.lines if x.method == "lora" and x.budget == lines[0].budget)
+    for seed, value in zip(sorted(base.tests), seeds):
+        gap = lines[0].tests[seed]["score"] - base.tests[seed]["score"]
+        assert value == pytest.approx(100 * gap / base.mean())
+    wanted = [100 * value / base.mean() for value in (first.low, first.mean, first.high)]
+    assert [low, mean, high] == pytest.approx(wanted)
+
+
+def test_curves_side_by_side_are_those_of_each_task_and_budget(summary):
+    panels = [axes for axes in plot_all_curves(summary).axes if axes.get_title(loc="left")]
+    assert [axes.get_title(loc="left").partition(", ")[2] for axes in panels] == ["rank 2", "rank 4"]
+    for axes, budget in zip(panels, (2, 4)):
+        (single,) = plot_curves(summary, summary.lines[0].task, budget).axes
+        for one, other in zip(axes.lines, single.lines, strict=True):
+            assert one.get_label() == other.get_label()
+            assert one.get_xydata().tolist() == other.get_xydata().tolist()
 
 
 def test_pace_counts_steps_to_the_baselines_last_score(summary):
@@ -104,7 +132,7 @@ def test_terminal_and_markdown_hold_every_method(summary):
 
 def test_html_stands_alone_and_has_its_figures(summary, tmp_path):
     page = html(summary)
-    assert page.count("<svg") == 5  # parameters, and two for each of two budgets
+    assert page.count("<svg") == 6  # differences, parameters, and two for each of two budgets
     assert not re.search(r'(src|href)="(https?:)?//', page)
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))

@@ -1,4 +1,4 @@
-"""Figures of a comparison: score against parameters, learning curves, score against learning rate."""
+"""Figures of a comparison: differences, score against parameters, learning curves, score against learning rate."""
 
 from __future__ import annotations
 
@@ -9,10 +9,36 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from adalora.compare.summary import Line, Summary
-from adalora.report.style import DASHES, SERIES, new_figure, styled
+from adalora.compare.summary import Line, Summary, baseline_of, paired
+from adalora.report.style import DASHES, MUTED, SERIES, new_figure, styled
 
 MARKS = ("o", "s", "^", "D", "v", "P")
+
+
+@styled
+def plot_differences(summary: Summary) -> Figure:
+    """Difference to the baseline of every method on every task: the mean with its interval, and each seed.
+
+    In percent of the baseline's mean score, so that tasks with different metrics share an axis; right is better.
+    """
+    lines = [line for line in summary.lines if line.comparison is not None]
+    figure = new_figure(7.0, 1.1 + 0.3 * max(len(lines), 1))
+    axes = figure.add_subplot()
+    methods = _methods(summary, lines)
+    who = f"{methods[0]}: difference" if len(methods) == 1 else "Difference"
+    axes.set_title(f"{who} to {summary.suite.baseline}, with {summary.suite.confidence:.0%} intervals; dots are seeds")
+    axes.axvline(0, color=MUTED, linewidth=1)
+    for row, line in enumerate(lines):
+        seeds, mean, low, high = _percent(summary, line)
+        colour = look(methods.index(line.method), marker=True)["color"]
+        axes.plot(seeds, [row] * len(seeds), color=colour, marker="o", linestyle="", markersize=4, fillstyle="none")
+        if len(seeds) > 1:
+            axes.plot([low, high], [row, row], color=colour, linestyle="-")
+        axes.plot([mean], [row], color=colour, marker="D", linestyle="", markersize=6)
+    axes.set_yticks(range(len(lines)), [_name(line, lines) for line in lines])
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set(xlabel=f"percent of the score of {summary.suite.baseline}; right is better")
+    return figure
 
 
 @styled
@@ -35,6 +61,29 @@ def plot_parameters(summary: Summary, task: str) -> Figure:
 def plot_curves(summary: Summary, task: str, budget: int) -> Figure:
     """Dev score over steps where it was measured, else the training loss; mean over seeds."""
     figure, axes = _axes(f"{task}: learning curves" + (f", rank {budget}" if budget else ""))
+    _draw_curves(axes, summary, task, budget)
+    return _legend(figure, axes)
+
+
+@styled
+def plot_all_curves(summary: Summary, columns: int = 3) -> Figure:
+    """`plot_curves` of every task and budget, side by side."""
+    panels = list(dict.fromkeys((line.task, line.budget) for line in summary.lines if line.budget and line.tests))
+    columns = max(1, min(columns, len(panels)))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(3.1 * columns, 0.4 + 2.4 * max(rows, 1))
+    handles: dict[str, Any] = {}
+    for number, (task, budget) in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        axes.set_title(f"{task}, rank {budget}")
+        _draw_curves(axes, summary, task, budget)
+        handles |= {text: handle for handle, text in zip(*axes.get_legend_handles_labels())}
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside upper center", ncols=6)
+    return figure
+
+
+def _draw_curves(axes: Axes, summary: Summary, task: str, budget: int) -> None:
     lines = [x for x in summary.lines if x.task == task and x.budget in (0, budget) and x.tests]
     name = "dev_curve" if any(row.get("dev_curve") for x in lines for row in x.tests.values()) else "loss_curve"
     for number, method in enumerate(_methods(summary, lines)):
@@ -43,7 +92,6 @@ def plot_curves(summary: Summary, task: str, budget: int) -> Figure:
         if points:
             axes.plot(*zip(*points), label=method, **look(number, marker=len(points) == 1))
     axes.set(xlabel="optimizer step", ylabel=f"dev {_metric(lines)}" if name == "dev_curve" else "training loss")
-    return _legend(figure, axes)
 
 
 @styled
@@ -72,6 +120,27 @@ def look(number: int, *, marker: bool) -> dict[str, Any]:
     turn = number // len(SERIES)
     style: dict[str, Any] = {"color": SERIES[number % len(SERIES)], "linestyle": DASHES[turn % len(DASHES)]}
     return style | ({"marker": MARKS[(number + turn) % len(MARKS)], "markersize": 4} if marker else {})
+
+
+def _percent(summary: Summary, line: Line) -> tuple[list[float], float, float, float]:
+    """The seeds' differences, their mean and its interval, in percent of the baseline's mean score."""
+    base = baseline_of(summary.suite, line, summary.lines)
+    assert base is not None
+    assert line.comparison is not None
+    mine, theirs = paired(line, base)
+    unit = max(abs(statistics.fmean(theirs)), 1e-12) / 100
+    found = line.comparison.difference
+    return [(a - b) / unit for a, b in zip(mine, theirs)], found.mean / unit, found.low / unit, found.high / unit
+
+
+def _name(line: Line, lines: list[Line]) -> str:
+    """What tells a line from the others: task, rank and method, as far as there are several."""
+    parts = {
+        line.task: len({x.task for x in lines}) > 1,
+        f"rank {line.budget}": line.budget > 0 and len({x.budget for x in lines}) > 1,
+        line.method: len({x.method for x in lines}) > 1,
+    }
+    return ", ".join(text for text, told in parts.items() if told) or line.method
 
 
 def _methods(summary: Summary, lines: list[Line]) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jinja2
 
-from adalora.compare.plots import plot_curves, plot_parameters, plot_rates
+from adalora.compare.plots import plot_curves, plot_differences, plot_parameters, plot_rates
 from adalora.compare.stability import STABILITY, stability
 from adalora.compare.summary import Summary
 from adalora.compare.tables import COLUMNS, OVERALL, overall, sentences, tables
@@ -66,6 +66,8 @@ def html(summary: Summary) -> str:
     """The report as one HTML page with its figures inside."""
     found = list(tables(summary))
     figures = []
+    if any(line.comparison is not None for line in summary.lines):
+        figures.append((f"Difference to {summary.suite.baseline}", plot_differences(summary)))
     for task in dict.fromkeys(line.task for line in summary.lines):
         budgets = list(dict.fromkeys(x.budget for x in summary.lines if x.task == task and x.budget)) or [0]
         figures.append((f"{task}: score against parameters", plot_parameters(summary, task)))
