@@ -7,6 +7,7 @@ FOLDER is the suite's output folder. Only rows that the suite asks for are kept.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -76,6 +77,14 @@ def figures(suite: Suite, results: Results) -> dict[str, Figure]:
     return found
 
 
+def svg(figure: Figure, name: str) -> str:
+    """A figure as its file has it: the same rows give the same text."""
+    buffer = io.StringIO()
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
 def linked(suite: Suite, names: Iterable[str]) -> str:
     """The figures as the page shows them."""
     told = {
@@ -96,8 +105,7 @@ def main() -> None:
     (ROOT / "benchmarks" / "results" / f"{suite.name}.jsonl").write_text("".join(lines), encoding="utf-8")
     drawn = figures(suite, results)
     for name, figure in drawn.items():
-        with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
-            figure.savefig(FIGURES / name, metadata={"Date": None, "Creator": None})
+        (FIGURES / name).write_text(svg(figure, name), encoding="utf-8")
     pages.put(PAGE, suite.name, f"{linked(suite, drawn)}\n\n{rendered(suite, results)}")
     print(f"{len(lines)} rows, {PAGE}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -67,8 +68,9 @@ def plot_curves(summary: Summary, task: str, budget: int) -> Figure:
 
 @styled
 def plot_all_curves(summary: Summary, columns: int = 3) -> Figure:
-    """`plot_curves` of every task and budget, side by side."""
-    panels = list(dict.fromkeys((line.task, line.budget) for line in summary.lines if line.budget and line.tests))
+    """`plot_curves` of every task and budget on which methods can be compared, side by side."""
+    counts = Counter((line.task, line.budget) for line in summary.lines if line.budget and line.tests)
+    panels = [panel for panel, count in counts.items() if count > 1 or max(counts.values()) == 1]
     columns = max(1, min(columns, len(panels)))
     rows = -(-len(panels) // columns)
     figure = new_figure(3.1 * columns, 0.4 + 2.4 * max(rows, 1))
