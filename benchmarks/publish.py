@@ -23,7 +23,7 @@ from adalora.compare.plots import plot_all_curves, plot_differences
 from adalora.compare.report import markdown
 from adalora.compare.suite import Suite, load_suite
 from adalora.compare.summary import summarize
-from adalora.report.style import STYLE
+from adalora.report.style import SERIES, STYLE
 from benchmarks import pages
 
 ROOT = Path(__file__).parent.parent
@@ -69,10 +69,10 @@ def rendered(suite: Suite, results: Results) -> str:
 
 
 def figures(suite: Suite, results: Results) -> dict[str, Figure]:
-    """The suite's figures by file name: differences, and learning curves where dev scores were taken in training."""
+    """The suite's figures by file name: differences, and learning curves if they can be told apart."""
     summary = summarize(suite, results)
     found = {f"{suite.name}-differences.svg": plot_differences(summary)}
-    if any(row.get("dev_curve") for line in summary.lines for row in line.tests.values()):
+    if len(suite.methods) <= len(SERIES):
         found[f"{suite.name}-curves.svg"] = plot_all_curves(summary)
     return found
 
@@ -89,7 +89,7 @@ def linked(suite: Suite, names: Iterable[str]) -> str:
     """The figures as the page shows them."""
     told = {
         "differences": "difference to the baseline, each seed and the mean with its interval",
-        "curves": "dev scores",
+        "curves": "dev score or training loss over the steps, means over the seeds",
     }
     return "\n".join(f"![{suite.name}: {told[Path(n).stem.rpartition('-')[2]]}](figures/{n})" for n in names)
 
