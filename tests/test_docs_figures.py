@@ -67,6 +67,15 @@ def test_readme_repeats_the_tables_of_the_suite_small():
     assert len(rows) == 4
 
 
+def test_readme_repeats_the_mean_of_the_suite_core():
+    mean, low, high, count = re.search(
+        r"^\| ours \| \+([\d.]+) % \[\+([\d.]+), \+([\d.]+)\] \| (\d+) \|", parts()["core"], re.MULTILINE
+    ).groups()
+    told = f"comparisons +{float(mean):.1f} % of LoRA's score ({float(low):.1f} to {float(high):.1f})"
+    assert f"{count} {told}" in flowing("README.md")
+    assert "worse" not in parts()["core"]
+
+
 def spread(found):
     """Median and quartiles as pages have them."""
     return f"{found['median']:.2f} ({found['q25']:.2f}–{found['q75']:.2f})"
