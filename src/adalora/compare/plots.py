@@ -73,7 +73,7 @@ def plot_all_curves(summary: Summary, columns: int = 3) -> Figure:
     panels = [panel for panel, count in counts.items() if count > 1 or max(counts.values()) == 1]
     columns = max(1, min(columns, len(panels)))
     rows = -(-len(panels) // columns)
-    figure = new_figure(3.1 * columns, 0.4 + 2.4 * max(rows, 1))
+    figure = new_figure(max(5.6, 3.1 * columns), 0.7 + 2.4 * max(rows, 1))
     handles: dict[str, Any] = {}
     for number, (task, budget) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, number + 1)
@@ -81,7 +81,7 @@ def plot_all_curves(summary: Summary, columns: int = 3) -> Figure:
         _draw_curves(axes, summary, task, budget)
         handles |= {text: handle for handle, text in zip(*axes.get_legend_handles_labels())}
     if handles:
-        figure.legend(handles.values(), handles, loc="outside upper center", ncols=6)
+        figure.legend(handles.values(), handles, loc="outside upper center", ncols=2 + columns)
     return figure
 
 
