@@ -103,7 +103,7 @@ def _search(options: Generation) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if options.num_beams > 1:
         settings["length_penalty"] = options.length_penalty
-    if options.no_repeat_ngram:
+    if options.no_repeat_ngram is not None:
         settings["no_repeat_ngram_size"] = options.no_repeat_ngram
     return settings
 
