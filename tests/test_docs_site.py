@@ -57,8 +57,11 @@ def test_the_picture_and_the_page_show_the_layers_that_are_enforced():
     for layer in layers:
         for name in layer.split(" | "):
             assert f"`{name}/`" in page or f"`{name}.py`" in page
-    inner = [name for layer in contracts[1]["layers"] for name in layer.split(" | ")]
-    assert sorted(inner) == sorted(re.findall(r"^\| `(\w+)/` \| [^|]+ \|$", page, re.MULTILINE))
+    for contract, folder in zip(contracts[1:], ("lora", "tasks")):  # a table each, in the contract's order
+        assert contract["containers"] == [f"adalora.{folder}"]
+        inner = [name for layer in contract["layers"] for name in layer.split(" | ")]
+        table = page.partition(f"| `{folder}/…` | what |\n|---|---|\n")[2].partition("\n\n")[0]
+        assert re.findall(r"^\| `(\w+)(?:/|\.py)` \| [^|]+ \|$", table, re.MULTILINE) == inner
 
 
 def test_the_method_card_repeats_what_was_measured():

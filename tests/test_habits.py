@@ -113,3 +113,15 @@ def test_every_folder_of_tests_is_one_of_the_package_or_on_the_page():
     assert sorted(name for name in found - told if not (package / name / "__init__.py").is_file()) == []
     assert told <= found
     assert [path.name for path in tests.glob("*.py") if not path.name.startswith("test_")] == ["conftest.py"]
+
+
+def test_every_test_file_that_is_named_somewhere_exists():
+    places = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    places += [path for folder in ("tests", "src", "docs", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    named = {
+        (path.relative_to(ROOT).as_posix(), name)
+        for path in places
+        for name in re.findall(r"\btests/[\w/]+\.py\b", path.read_text(encoding="utf-8"))
+    }
+    assert len(named) >= 5
+    assert [(path, name) for path, name in sorted(named) if not (ROOT / name).is_file()] == []

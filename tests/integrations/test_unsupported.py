@@ -1,4 +1,7 @@
-"""What cannot be trained with is refused at once, and the page says so. More of it in `tests/lora/test_engines.py`."""
+"""What cannot be trained with is refused at once, and the page says so.
+
+More of it in `tests/lora/processes/test_engines.py`.
+"""
 
 import types
 import warnings

@@ -1,6 +1,6 @@
 """Budgets, schedules and lengths of a run at their ends, with either parametrization.
 
-Elsewhere: a target rank of 0 for some modules in `tests/lora/test_budget.py`.
+Elsewhere: a target rank of 0 for some modules in `tests/lora/ranks/test_budget.py`.
 """
 
 import itertools

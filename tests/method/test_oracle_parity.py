@@ -188,7 +188,7 @@ def test_every_choice_of_every_field_has_a_mode():
         for name, value in AdaLoraConfig(**settings_of(mode)).model_dump().items():
             used[name].add(str(value))
     for name, info in AdaLoraConfig.model_fields.items():
-        if name == "nested":  # acts after the last allocation: tests/lora/test_nested.py
+        if name == "nested":  # acts after the last allocation: tests/lora/steps/test_nested.py
             continue
         choices = [c for part in (info.annotation, *get_args(info.annotation)) for c in get_args(part)]
         named = {str(c) for c in choices if isinstance(c, str)} | (

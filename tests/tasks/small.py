@@ -81,7 +81,8 @@ def whisper(folder):
     """With the special tokens of a multilingual model, and recordings of one second."""
     folder.mkdir(exist_ok=True)
     letters = ["low", "high", "Ġlow", "Ġhigh", *"lowhigĠ"]
-    special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
+    languages = ["<|en|>", "<|zh|>"]  # the first two, as they follow each other in the published vocabulary
+    special = ["<|endoftext|>", "<|startoftranscript|>", *languages, "<|transcribe|>", "<|notimestamps|>"]
     vocabulary = {token: n for n, token in enumerate([*dict.fromkeys(letters), *special])}
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     tokenizer = hf.WhisperTokenizer(vocab=vocabulary, merges=[], pad_token="<|endoftext|>")
@@ -98,6 +99,10 @@ def whisper(folder):
     model.generation_config.begin_suppress_tokens = None
     model.generation_config.forced_decoder_ids = None
     model.generation_config.no_timestamps_token_id = tokenizer.convert_tokens_to_ids("<|notimestamps|>")
+    model.generation_config._from_model_config = False  # or what follows is not read again
+    model.generation_config.is_multilingual = True
+    model.generation_config.lang_to_id = {name: tokenizer.convert_tokens_to_ids(name) for name in languages}
+    model.generation_config.task_to_id = {"transcribe": tokenizer.convert_tokens_to_ids("<|transcribe|>")}
     model.save_pretrained(folder)
 
 

@@ -1,9 +1,12 @@
 import pytest
+import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 from adalora.errors import DataError
 from adalora.tasks.data.rows import load_splits
 from adalora.tasks.kinds.question_answering import QuestionAnsweringTask
+from adalora.tasks.runs.training import make_trainer
 
 from ..tiny import WORDS, make_recipe, run, write_rows
 
@@ -74,6 +77,52 @@ def test_a_long_context_is_read_in_windows(model, tmp_path):
             assert ids[start : end + 1] == [here]
         else:
             assert (start, end) == (0, 0)
+
+
+class Finder(torch.nn.Module):
+    """Answers with the word of highest number in the context, and says of a window without words that it has none."""
+
+    def __init__(self, words):
+        super().__init__()
+        self.register_buffer("words", torch.tensor(words))
+        self.weight = torch.nn.Parameter(torch.zeros(()))  # the Trainer wants one
+
+    def forward(self, input_ids, token_type_ids, **given):
+        places = (input_ids[..., None] == self.words).float() * torch.arange(1, len(self.words) + 1)
+        scores = places.sum(dim=-1) * token_type_ids + self.weight
+        scores[:, 0] += 0.5  # no answer: less than any word
+        return QuestionAnsweringModelOutput(loss=scores.sum(), start_logits=scores, end_logits=scores)
+
+
+@pytest.mark.parametrize("no_answer", [False, True])
+def test_an_answer_in_a_later_window_is_scored(no_answer, model, tmp_path):
+    """Between short rows, whose answers are other words, so that every window must go to its row."""
+    words = ["w17", "here", "w19"]
+    rows = []
+    for place, before in ((0, 3), (1, 40), (2, 5)):
+        context = " ".join([*(WORDS[:15] * 3)[:before], words[place], *WORDS[:4]])
+        answers = {"text": [words[place]], "answer_start": [context.index(words[place])]}
+        rows.append({"question": "where is it", "context": context, "answers": answers})
+    if no_answer:
+        rows.append({**rows[0], "context": " ".join(WORDS[:14] * 3), "answers": {"text": [], "answer_start": []}})
+    recipe = make_recipe(
+        tmp_path, model,
+        task={"name": "question-answering", "stride": 4, "no_answer": no_answer},
+        data={"files": write_rows(tmp_path / "rows.jsonl", rows)},
+        training={"max_length": 24, "batch_size": 2, "eval_batch_size": 2},
+    )  # fmt: skip
+    splits = load_splits(recipe)
+    task = QuestionAnsweringTask(recipe, splits)
+    tokenizer = task.processor(str(model))
+    places = task.features(splits.train, tokenizer)["start_positions"][:]
+    assert places[0] > 0
+    assert places[1:3] == [0, 0]  # the long row's first windows do not have it
+    finder = Finder(tokenizer.convert_tokens_to_ids(words))
+    trainer = make_trainer(recipe, task, model=finder, processor=tokenizer, splits=splits)
+    scores = task.evaluate(trainer, splits.train, tokenizer)
+    assert scores["exact_match"] == scores["f1"] == 1
+    if no_answer:
+        assert scores["accuracy_unanswerable"] == scores["exact_match_answerable"] == 1
 
 
 def test_tuning_needs_a_validation_split(model, tmp_path):

@@ -26,6 +26,26 @@ SETTINGS = {
     "xsum": (64, 25, 0.1, 6000, 100, 50000, 32, 5e-4),
     "cnn-dailymail": (32, 15, 0.1, 5000, 100, 85000, 32, 5e-4),
 }
+# What the paper is silent about, from the released scripts. GLUE's tasks → dropout of the head, weight decay, warm-up
+# of the learning rate (steps, or a share of the run), tokens of a row, task, columns with the texts.
+GLUE_SETTINGS = {
+    "mnli": (0.15, 0, 1000, 256, "sentence-pair", ("premise", "hypothesis")),
+    "rte": (0.2, 0.01, 200, 320, "sentence-pair", ("sentence1", "sentence2")),
+    "qnli": (0.1, 0.01, 500, 512, "sentence-pair", ("question", "sentence")),
+    "mrpc": (0.0, 0.01, 0.1, 320, "sentence-pair", ("sentence1", "sentence2")),
+    "qqp": (0.15, 0.01, 2000, 320, "sentence-pair", ("question1", "question2")),
+    "sst2": (0.0, 0.01, 1000, 128, "classification", ("sentence",)),
+    "cola": (0.1, 0, 100, 64, "classification", ("sentence",)),
+    "stsb": (0.2, 0.1, 100, 128, "regression", ("sentence1", "sentence2")),
+}
+# Data set, configuration, tokens of source and target, beams.
+SUMMARY_SETTINGS = {
+    "xsum": ("EdinburghNLP/xsum", None, 768, 64, 8),
+    "cnn-dailymail": ("abisee/cnn_dailymail", "3.0.0", 1024, 160, 4),
+}
+# The paper adapts query, key, value, the attention's output and both layers of the feed-forward part.
+DEBERTA = ["query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"]  # "output.dense" is two
+BART = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
 def test_every_task_of_the_paper_is_there_at_every_budget():
@@ -56,6 +76,53 @@ def test_settings_are_the_papers(name):
     steps = training.epochs * ROWS[task] // SETTINGS[task][0]
     assert adalora.warmup + adalora.final < steps
     assert recipe.lora["r"] > adalora.target_rank
+
+
+def of_tasks(tasks):
+    return pytest.mark.parametrize("name", [n for n in PAPER if n.removeprefix("paper/").partition(":")[0] in tasks])
+
+
+@of_tasks(GLUE_SETTINGS)
+def test_glues_tasks_are_those_of_the_released_scripts(name):
+    recipe = load_recipe(name)
+    task = name.removeprefix("paper/").partition(":")[0]
+    dropout, weight_decay, lr_warmup, max_length, kind, columns = GLUE_SETTINGS[task]
+    assert (recipe.model.name, recipe.model.config) == ("microsoft/deberta-v3-base", {"cls_dropout": dropout})
+    training = recipe.training
+    assert (training.weight_decay, training.lr_warmup, training.max_length) == (weight_decay, lr_warmup, max_length)
+    assert (recipe.task.name, recipe.data.name, recipe.data.config) == (kind, "nyu-mll/glue", task)
+    # The development set, as in the paper's table; nothing is chosen by it during training.
+    development = "validation_matched" if task == "mnli" else "validation"
+    assert recipe.data.splits == {"train": "train", "validation": None, "test": development}
+    assert recipe.data.columns == {**dict(zip(("text", "text_pair"), columns)), "label": "label"}
+    assert recipe.lora["target_modules"] == DEBERTA
+    assert training.evaluate_every is None
+
+
+@of_tasks(("squad", "squad-v2"))
+def test_questions_are_those_of_the_released_script(name):
+    recipe = load_recipe(name)
+    version_2 = name.startswith("paper/squad-v2")
+    assert (recipe.model.name, recipe.model.config) == ("microsoft/deberta-v3-base", {})
+    assert (recipe.task.name, recipe.task.no_answer, recipe.task.stride) == ("question-answering", version_2, 128)
+    training = recipe.training
+    assert (training.weight_decay, training.lr_warmup, training.max_length) == (0, 1000, 384)
+    assert recipe.data.name == ("rajpurkar/squad_v2" if version_2 else "rajpurkar/squad")
+    assert recipe.data.splits == {"train": "train", "validation": None, "test": "validation"}
+    assert recipe.lora["target_modules"] == DEBERTA
+
+
+@of_tasks(SUMMARY_SETTINGS)
+def test_summaries_are_those_of_the_released_scripts(name):
+    recipe = load_recipe(name)
+    dataset, config, source, target, beams = SUMMARY_SETTINGS[name.removeprefix("paper/").partition(":")[0]]
+    assert (recipe.model.name, recipe.task.name, recipe.task.prefix) == ("facebook/bart-large", "seq2seq", "")
+    assert (recipe.data.name, recipe.data.config, recipe.data.splits) == (dataset, config, {})
+    training, generation = recipe.training, recipe.task.generation
+    assert (training.weight_decay, training.lr_warmup, training.max_length) == (0, 3000, source)
+    assert (recipe.task.max_target_length, generation.max_new_tokens, generation.num_beams) == (target, target, beams)
+    assert (generation.length_penalty, generation.no_repeat_ngram) == (1, None)  # the checkpoint's own
+    assert recipe.lora["target_modules"] == BART
 
 
 @pytest.mark.parametrize("name", PAPER)

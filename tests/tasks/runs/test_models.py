@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -14,10 +15,10 @@ from adalora.errors import RecipeError
 from adalora.tasks.data.rows import load_splits
 from adalora.tasks.kinds import base
 from adalora.tasks.kinds.sequence import SequenceTask
-from adalora.tasks.recipe.fields import ModelPart
+from adalora.tasks.recipe.fields import ModelPart, Recipe
 from adalora.tasks.runs import models
 
-from ..small import deberta_v3
+from ..small import deberta_v3, minilm, vit, whisper
 from ..tiny import make_recipe
 
 SIZES = {"vocab_size": 15, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -143,3 +144,30 @@ def test_the_rank_to_start_with_follows_the_target(tmp_path, lora, adalora, rank
     task = {"task": "classification", "data": {"files": "rows.csv"}}
     recipe = make_recipe(tmp_path, "x", **task, lora=part, adalora=adalora)
     assert models.lora_config(recipe, Task(), BertForSequenceClassification(BertConfig(**SIZES)), []).r == rank
+
+
+LABELS = {"labels": ["a", "b"]}
+SMALL = {  # how a model is made, its task, its layers with LoRA, and the one Linear that has none
+    "bert": (minilm, {"name": "classification", **LABELS}, 2 * 6 + 1, "classifier"),  # the pooler is the one more
+    "vit": (vit, {"name": "image-classification", **LABELS}, 2 * 6, "classifier"),
+    "whisper": (whisper, {"name": "speech-to-text"}, 6 + 10, "proj_out"),  # the decoder attends twice
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_recipe_that_says_nothing_of_lora_adapts_every_linear_layer_below_the_head(name, tmp_path):
+    save, task_fields, count, head = SMALL[name]
+    save(tmp_path / "model")
+    recipe = Recipe.parse({"model": str(tmp_path / "model"), "task": task_fields, "data": {"files": "rows.csv"}})
+    task = base.make_task(recipe, None)
+    processor = models.build_processor(recipe, task)
+    plain, _ = models.load_base(recipe, task, processor)
+    linear = {place for place, module in plain.named_modules() if isinstance(module, torch.nn.Linear)}
+    model = models.build_model(recipe, task, processor).get_base_model()
+    layers = {place: module for place, module in model.named_modules() if isinstance(module, LoraLayer)}
+    assert set(layers) == linear - {head}
+    assert len(layers) == count
+    assert {layer.r["default"] for layer in layers.values()} == {12}
+    whole = sorted(place for place, p in model.named_parameters() if p.requires_grad and "lora_" not in place)
+    saved = f"{head}.modules_to_save.default"
+    assert whole == ([] if name == "whisper" else [f"{saved}.bias", f"{saved}.weight"])

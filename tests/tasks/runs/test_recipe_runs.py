@@ -8,6 +8,7 @@ import io
 import math
 
 import pytest
+from peft.tuners.lora import LoraLayer
 from rich.console import Console
 
 from adalora.tasks.data import rows, sources
@@ -59,6 +60,16 @@ def test_what_is_not_run_says_no_more_than_another():
             assert MODELS[variant["model"]["name"]] is MODELS[whole["model"]["name"]]
 
 
+def assert_stored_as_the_recipe_says(model, quantization):
+    """What LoRA lies on is stored in 4 bits as QLoRA does, or in the checkpoint's type."""
+    below = [layer.get_base_layer() for layer in model.modules() if isinstance(layer, LoraLayer)]
+    assert below
+    assert quantization in (None, "4bit")
+    assert {type(layer).__name__ == "Linear4bit" for layer in below} == {quantization == "4bit"}
+    if quantization is not None:
+        assert {(layer.weight.quant_type, layer.weight.compress_statistics) for layer in below} == {("nf4", True)}
+
+
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
 @pytest.mark.parametrize("name", RUN)
 def test_a_recipe_runs(name, tmp_path, monkeypatch):
@@ -75,6 +86,7 @@ def test_a_recipe_runs(name, tmp_path, monkeypatch):
     assert metrics["steps"] == STEPS
     assert metrics["final_rank_total"] == metrics["target_rank_total"] < metrics["initial_rank_total"]
     assert all(math.isfinite(value) for value in metrics["scores"].values())
+    assert_stored_as_the_recipe_says(result.trainer.model, recipe.model.quantization)
     losses = [entry["train_loss"] for entry in result.trainer.state.log_history if "train_loss" in entry]
     assert all(math.isfinite(loss) for loss in losses)
     assert (result.folder / "adapter" / "adapter_model.safetensors").is_file()

@@ -1,7 +1,9 @@
 import dataclasses
+import io
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -16,6 +18,7 @@ from adalora.tasks.kinds.base import make_task
 from adalora.tasks.recipe.fields import TrainingPart
 from adalora.tasks.runs import training
 from adalora.tasks.runs.models import build_model, build_processor
+from adalora.tasks.runs.runner import RunHooks, run_recipe
 
 from ..tiny import make_recipe, run, write_rows
 
@@ -91,20 +94,30 @@ def test_padding_goes_to_the_longest_row_of_a_batch_and_grouping_saves_it(groupi
     assert (padded <= 2 * 8 * 13) == grouping  # the longest row is put first, which mixes two batches
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_activations_are_computed_again_where_the_recipe_wants_it(checkpointing, tiny_model, data_file, tmp_path):
-    fields = {"max_steps": 2, "batch_size": 8, "gradient_checkpointing": checkpointing}
-    recipe = make_recipe(
-        tmp_path, tiny_model, task="classification", data={"files": str(data_file)}, adalora=None, training=fields
-    )
-    splits = load_splits(recipe)
-    task = make_task(recipe, splits)
-    processor = build_processor(recipe, task)
-    model = build_model(recipe, task, processor)
-    calls = []
-    model.get_base_model().bert.encoder.layer[0].attention.register_forward_hook(lambda *_: calls.append(1))
-    training.make_trainer(recipe, task, model=model, processor=processor, splits=splits).train()
-    assert len(calls) == (4 if checkpointing else 2)
+@pytest.mark.parametrize("adalora", [None, {"target_rank": 2}, {"target_rank": 2, "parametrization": "svd"}])
+def test_activations_are_computed_again_where_the_recipe_wants_it(adalora, tiny_model, data_file, tmp_path):
+    """Twice as many forward passes of a layer, and the same run."""
+
+    def trained(checkpointing):
+        fields = {"max_steps": 6, "batch_size": 8, "learning_rate": 1e-2, "gradient_checkpointing": checkpointing}
+        folder, data = tmp_path / str(checkpointing), {"files": str(data_file)}
+        recipe = make_recipe(folder, tiny_model, task="classification", data=data, adalora=adalora, training=fields)
+        passes = []
+
+        def count(model):
+            layer = model.get_base_model().bert.encoder.layer[0].attention
+            layer.register_forward_hook(lambda module, *_: passes.append(module.training))
+            return ()
+
+        console = Console(file=io.StringIO())
+        metrics = run_recipe(recipe, console=console, hooks=RunHooks(callbacks=count, keep_adapter=False)).metrics
+        return passes.count(True), metrics
+
+    (passes, metrics), (its_passes, its_metrics) = trained(checkpointing=False), trained(checkpointing=True)
+    assert (passes, its_passes) == (6, 12)
+    assert its_metrics["scores"] == pytest.approx(metrics["scores"], abs=1e-5)
+    assert its_metrics.get("ranks") == metrics.get("ranks")
+    assert ("ranks" in metrics) == (adalora is not None)
 
 
 @pytest.mark.cuda

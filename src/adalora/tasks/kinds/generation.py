@@ -37,7 +37,14 @@ class GenerativeTask(Task):
         return partial(token_losses, shift=self.decoder_only)
 
     def generate(
-        self, trainer: Trainer, processor: Any, rows: int, *, inputs: Callable[[list[int]], Any], options: Generation
+        self,
+        trainer: Trainer,
+        processor: Any,
+        rows: int,
+        *,
+        inputs: Callable[[list[int]], Any],
+        options: Generation,
+        **more: Any,
     ) -> list[str]:
         """One text per row; see `generate_texts`."""
         return generate_texts(
@@ -48,6 +55,7 @@ class GenerativeTask(Task):
             options=options,
             batch_size=trainer.args.per_device_eval_batch_size,
             strip_prompt=self.decoder_only,
+            **more,
         )
 
 
@@ -61,6 +69,7 @@ def generate_texts(
     options: Generation,
     batch_size: int,
     strip_prompt: bool = False,
+    **more: Any,
 ) -> list[str]:
     """Generate one text per row, the rows shared out over the processes of the run.
 
@@ -72,6 +81,7 @@ def generate_texts(
         options: Of the search.
         batch_size: Rows at a time.
         strip_prompt: The model repeats its input first, as decoders do.
+        more: Further keywords of `model.generate`.
 
     Returns:
         Texts in the order of the rows, the same on every process.
@@ -91,6 +101,7 @@ def generate_texts(
                 num_beams=options.num_beams,
                 do_sample=False,
                 **_search(options),
+                **more,
             )
             if strip_prompt:
                 output = output[:, batch["input_ids"].shape[1] :]
@@ -103,7 +114,7 @@ def _search(options: Generation) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if options.num_beams > 1:
         settings["length_penalty"] = options.length_penalty
-    if options.no_repeat_ngram:
+    if options.no_repeat_ngram is not None:
         settings["no_repeat_ngram_size"] = options.no_repeat_ngram
     return settings
 

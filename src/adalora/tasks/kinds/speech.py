@@ -73,7 +73,11 @@ class SpeechTask(GenerativeTask):
             audio = [rows[number]["audio"] for number in numbers]
             return BatchFeature({"input_features": spectrograms(audio, processor)})
 
-        texts = self.generate(trainer, processor, len(rows), inputs=inputs, options=self.options.generation)
+        # Whisper would guess the language of each recording. English models, and other families, are not told one.
+        settings = getattr(trainer.model, "generation_config", None)
+        told = self.options.language is not None and hasattr(settings, "lang_to_id")
+        more = {"language": self.options.language} if told else {}
+        texts = self.generate(trainer, processor, len(rows), inputs=inputs, options=self.options.generation, **more)
         library: Any = jiwer
         normal = library.Compose([library.ToLowerCase(), library.RemovePunctuation(), library.RemoveMultipleSpaces()])
         wanted = [normal(text) for text in rows["text"]]

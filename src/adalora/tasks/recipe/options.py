@@ -25,13 +25,14 @@ class Generation(Options):
         max_new_tokens: Most tokens generated for one row.
         num_beams: Beams of the beam search; 1 is greedy.
         length_penalty: Above 0 favours longer beams.
-        no_repeat_ngram: Size of n-grams that may not come twice; 0 allows all.
+        no_repeat_ngram: Size of n-grams that may not come twice; 0 allows all. By default as the checkpoint's own
+            generation settings say, and all where they say nothing.
     """
 
     max_new_tokens: int = Field(default=64, ge=1)
     num_beams: int = Field(default=1, ge=1)
     length_penalty: float = 1.0
-    no_repeat_ngram: int = Field(default=0, ge=0)
+    no_repeat_ngram: int | None = Field(default=None, ge=0)
 
 
 class Classification(Options):
