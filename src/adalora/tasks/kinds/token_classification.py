@@ -10,7 +10,7 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 
 from adalora.errors import DataError
 from adalora.tasks.data.rows import Splits
-from adalora.tasks.kinds.base import Task, find_labels, label_head, label_number, map_rows
+from adalora.tasks.kinds.base import Task, find_labels, label_head, label_number
 from adalora.tasks.recipe.fields import Recipe
 
 IGNORED = -100  # special tokens, and all but the first token of a word
@@ -52,7 +52,7 @@ class TokenClassificationTask(Task):
             ]
             return {**encoded, "labels": labels}
 
-        return map_rows(table, encode)
+        return self.map_rows(table, encode)
 
     def collator(self, processor: Any) -> Any:
         """Pads tokens and labels to the longest row of a batch."""
