@@ -29,6 +29,7 @@ REGISTRY = {
     "image-classification": "image_classification:ImageClassificationTask",
     "speech-to-text": "speech:SpeechTask",
 }
+IGNORED = -100  # a label that neither the loss nor a metric counts: padding, prompts, special tokens
 SHOWN = 10  # labels in a message
 _TIMING = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 

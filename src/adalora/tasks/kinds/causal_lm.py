@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer
 
 from adalora.errors import RecipeError
 from adalora.tasks.data.rows import columns_of
-from adalora.tasks.kinds.base import predict_metrics
+from adalora.tasks.kinds.base import IGNORED, predict_metrics
 from adalora.tasks.kinds.chats import Message, Piece, chat_ids, chat_pieces
-from adalora.tasks.kinds.generation import IGNORED, GenerativeTask, rouge
+from adalora.tasks.kinds.generation import GenerativeTask, rouge
 from adalora.tasks.kinds.sequence import with_pad_token
 from adalora.tasks.recipe.options import CausalLM
 

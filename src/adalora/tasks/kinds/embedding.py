@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, EvalPrediction
 
-from adalora.tasks.kinds.base import Task
+from adalora.tasks.kinds.base import IGNORED, Task
 from adalora.tasks.kinds.sequence import with_pad_token
 from adalora.tasks.recipe.options import Embedding
 
-IGNORED = -100
 CHUNK = 1024  # queries whose scores are in memory at a time
 
 

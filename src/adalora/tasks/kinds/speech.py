@@ -11,8 +11,8 @@ import numpy as np
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, Trainer
 
 from adalora.errors import DataError
-from adalora.tasks.kinds.base import predict_metrics
-from adalora.tasks.kinds.generation import IGNORED, GenerativeTask
+from adalora.tasks.kinds.base import IGNORED, predict_metrics
+from adalora.tasks.kinds.generation import GenerativeTask
 from adalora.tasks.recipe.options import SpeechToText
 
 

@@ -10,10 +10,8 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 
 from adalora.errors import DataError
 from adalora.tasks.data.rows import Splits
-from adalora.tasks.kinds.base import Task, find_labels, label_head, label_number
+from adalora.tasks.kinds.base import IGNORED, Task, find_labels, label_head, label_number
 from adalora.tasks.recipe.fields import Recipe
-
-IGNORED = -100  # special tokens, and all but the first token of a word
 
 
 class TokenClassificationTask(Task):
@@ -66,7 +64,7 @@ class TokenClassificationTask(Task):
         if len(tags) != len(words):
             raise DataError(f"{len(words)} tokens but {len(tags)} tags in the row that begins {words[:5]}")
         previous: int | None = None
-        labels = []
+        labels = []  # neither special tokens nor all but the first token of a word count
         for word in word_ids:
             labels.append(IGNORED if word is None or word == previous else label_number(tags[word], self.labels))
             previous = word
