@@ -135,9 +135,11 @@ class TrainingPart(Part):
         precision: Of the computation; `auto` is bf16 where the GPU has it, else fp32.
         gradient_checkpointing: Trade time for memory.
         length_grouping: Put rows of like length in one batch; faster, but the Trainer then walks from long rows to
-            short ones, which hurts runs of few steps.
+            short ones, which hurts runs of few steps. Nothing for streams, images, speech and embeddings.
         evaluate_every: Steps between evaluations on the validation split; none by default.
         keep_best: Keep the best evaluation's weights instead of the last ones.
+        save_every: Steps between checkpoints for `--resume` after the run was killed, of which the newest two are kept;
+            none by default. `keep_best` writes one at each evaluation by itself.
         keep_pruned: Keep pruned triplets, as they were, in `pruned.safetensors` for `adalora curve` above 100 %.
         gradient_batches: Before training, turn the triplets to the leading directions of the gradient of this many
             batches (`adalora.GradientSketch`); 8 are enough. By default LoRA's random start.
@@ -164,6 +166,7 @@ class TrainingPart(Part):
     length_grouping: bool = False
     evaluate_every: int | None = Field(default=None, ge=1)
     keep_best: bool = False
+    save_every: int | None = Field(default=None, ge=1)
     keep_pruned: bool = True
     gradient_batches: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=10, ge=1)
@@ -176,6 +179,11 @@ class TrainingPart(Part):
             raise ValueError(f"lr_warmup={self.lr_warmup} is a fraction below 1 or a whole number of steps")
         if self.keep_best and self.evaluate_every is None:
             raise ValueError("keep_best needs evaluate_every")
+        if self.keep_best and self.save_every is not None:
+            raise ValueError(
+                f"save_every={self.save_every}: keep_best writes a checkpoint at each evaluation (evaluate_every="
+                f"{self.evaluate_every}) already; leave it out: --set training.save_every=null"
+            )
         return self
 
 

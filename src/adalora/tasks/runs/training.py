@@ -78,9 +78,7 @@ def training_arguments(recipe: Recipe, task: Task) -> TrainingArguments:
         "train_sampling_strategy": "group_by_length" if grouping else "random",
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": training.evaluate_every,
-        "save_strategy": "steps" if training.keep_best else "no",
-        "save_steps": training.evaluate_every or 500,
-        "save_total_limit": 1,
+        **saving(training),
         "load_best_model_at_end": training.keep_best,
         "metric_for_best_model": task.main_metric,
         "label_names": list(task.label_names),
@@ -96,6 +94,15 @@ def training_arguments(recipe: Recipe, task: Task) -> TrainingArguments:
     if training.gradient_checkpointing:
         fields |= checkpointing()
     return TrainingArguments(**{**fields, **task.arguments()})
+
+
+def saving(training: TrainingPart) -> dict[str, Any]:
+    """When checkpoints are written into the run's work folder, and how many stay."""
+    if training.keep_best:  # the best one stays beside the newest
+        return {"save_strategy": "steps", "save_steps": training.evaluate_every, "save_total_limit": 1}
+    if training.save_every is not None:
+        return {"save_strategy": "steps", "save_steps": training.save_every, "save_total_limit": 2}
+    return {"save_strategy": "no"}
 
 
 def precision(training: TrainingPart) -> dict[str, bool]:
