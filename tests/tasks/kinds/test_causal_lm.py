@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adalora.errors import RecipeError
+from adalora.errors import DataError, RecipeError
 from adalora.tasks.data.rows import load_splits
 from adalora.tasks.kinds.causal_lm import CausalLMTask, join
 
@@ -74,6 +74,27 @@ def test_template_makes_the_prompt(model, tmp_path):
         columns={"completion": "answer"},
     )
     assert read(tokenizer, rows[0]) == "w9 w2 w1 : w3 </s>"
+
+
+def test_columns_that_the_recipe_does_not_name_are_not_another_form(model, tmp_path):
+    """A template may fill in a column called `text`, and data may have one beside prompt and completion."""
+    row = {"text": "w1", "p": "w2", "answer": "w3"}
+    for task, columns in (
+        ({"template": "w9 {text} : "}, {"completion": "answer"}),
+        ({"separator": " : "}, {"prompt": "p", "completion": "answer"}),
+    ):
+        tokenizer, rows = features(model, tmp_path, [row], task=task, columns=columns)
+        assert counted(tokenizer, rows[0]) == "w3 </s>"
+
+
+def test_an_empty_cell_of_a_template_is_an_empty_text(model, tmp_path):
+    lines = [{"a": "w1", "b": None, "answer": "w3"}, {"a": "w1", "b": "w2", "answer": "w3"}]
+    task, columns = {"template": "{a} {b} : "}, {"completion": "answer"}
+    tokenizer, rows = features(model, tmp_path, lines, task=task, columns=columns)
+    assert [read(tokenizer, row) for row in rows] == ["w1 : w3 </s>", "w1 w2 : w3 </s>"]
+    lines[1]["answer"] = None
+    with pytest.raises(DataError, match="column 'answer' is empty in 1 of 2 rows of train, beside 'w1'"):
+        features(model, tmp_path, lines, task=task, columns=columns)
 
 
 def test_only_the_assistants_turns_count(model, tmp_path):

@@ -4,10 +4,11 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from adalora.errors import DataError
-from adalora.tasks.data.rows import Splits
+from adalora.tasks.data.rows import Splits, load_splits
 from adalora.tasks.kinds.base import find_labels, label_number, make_task
+from adalora.tasks.runs.models import build_processor
 
-from ..tiny import make_recipe
+from ..tiny import make_recipe, write_rows
 
 
 def table(*labels, names=None):
@@ -37,6 +38,25 @@ def test_a_label_of_held_out_rows_alone_is_named_before_training(tmp_path):
 def test_lists_of_labels(tmp_path):
     rows = Dataset.from_dict({"label": [["B-x", "O"], ["O"]]}, features=Features({"label": [Value("string")]}))
     assert found(tmp_path, rows) == ["B-x", "O"]
+
+
+@pytest.mark.parametrize("cell", [None, ["O", None]])
+def test_a_label_that_is_missing_is_no_class(cell, tmp_path):
+    with pytest.raises(DataError, match="column 'label': a label of a row of train is missing"):
+        found(tmp_path, table(["O"] if cell else "O", cell))
+
+
+def test_an_empty_cell_of_a_stream_is_named_when_it_is_read(tiny_model, tmp_path):
+    rows = [{"text": "good bag", "label": "a"}, {"text": "bad bag", "label": None}]
+    recipe = make_recipe(
+        tmp_path, tiny_model, task={"name": "classification", "labels": ["a", "b"]},
+        data={"files": write_rows(tmp_path / "rows.jsonl", rows), "streaming": True, "columns": {"text": "text"}},
+        training={"max_steps": 1},
+    )  # fmt: skip
+    splits = load_splits(recipe)
+    task = make_task(recipe, splits)
+    with pytest.raises(DataError, match="column 'label' is empty in a row of the stream, beside 'bad bag': drop"):
+        list(task.features(splits.train, build_processor(recipe, task)))
 
 
 def test_a_number_stands_for_an_output_and_many_labels_are_not_all_shown():

@@ -37,3 +37,19 @@ def test_tokens_and_tags_of_different_length_are_refused(tiny_model, tmp_path):
     )
     with pytest.raises(DataError, match="2 tokens but 1 tags"):
         run(recipe)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("role", ["tokens", "tags"])
+def test_text_where_a_list_must_stand_is_refused(role, streaming, tiny_model, tmp_path):
+    """Each letter would be a word, or the whole text one label."""
+    wrong = {"tokens": ["good", "bag"], "tags": ["O", "O"], role: "good bag"}
+    recipe = make_recipe(
+        tmp_path,
+        tiny_model,
+        task={"name": "token-classification", "labels": ["O"]},
+        data={"files": write_rows(tmp_path / "rows.jsonl", [wrong] * 4), "streaming": streaming},
+        training={"max_steps": 1},
+    )
+    with pytest.raises(DataError, match=f"column '{role}' has 'good bag' where a list of words or tags must stand"):
+        run(recipe)

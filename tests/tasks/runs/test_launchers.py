@@ -1,6 +1,5 @@
 """`adalora train` under the ecosystem's launchers, unchanged: two processes train one run, one of them writes."""
 
-import csv
 import json
 import os
 import re
@@ -16,11 +15,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from adalora.tasks.recipe.files import dump_recipe
 
 from ..conftest import rows
-from ..tiny import make_recipe, run
+from ..tiny import make_recipe, run, write_rows
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="the launchers would take the GPUs")
 PAGE = Path(__file__).parents[3] / "docs" / "training.md"
 COMMANDS = re.findall(r"^(?:torchrun|accelerate) .*recipe\.yaml$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+STREAM = {"train": 84, "validation": 12, "test": 24}  # so that the run reads it twice
 LAUNCHERS = {command.split()[0]: command for command in COMMANDS}
 
 
@@ -34,21 +34,24 @@ def start(launcher, recipe):
     )  # fmt: skip
 
 
+def table(path, count):
+    """A file whose texts get longer from row to row, and short again."""
+    return write_rows(path, [{**row, "text": row["text"] + " my bag" * (n % 7)} for n, row in enumerate(rows(count))])
+
+
 def test_the_page_has_both_launchers():
     assert sorted(LAUNCHERS) == ["accelerate", "torchrun"]
 
 
-def written(folder, tiny_model, *, batch_size):
-    """A recipe on a local CSV file."""
+def written(folder, tiny_model, *, batch_size, streaming=False):
+    """A recipe on local files; what is read as a stream has held-out ones."""
     folder.mkdir()
-    path = folder.parent / "rows.csv"
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, ["text", "label"], extrasaction="ignore")
-        table.writeheader()
-        table.writerows(rows(120))
+    data = {"files": table(folder.parent / "rows.jsonl", 120), "test_fraction": 0.2, "validation_fraction": 0.1}
+    if streaming:
+        files = {split: table(folder.parent / f"{split}.jsonl", count) for split, count in STREAM.items()}
+        data = {"files": files, "streaming": True}
     return make_recipe(
-        folder, tiny_model, task="classification",
-        data={"files": str(path), "test_fraction": 0.2, "validation_fraction": 0.1},
+        folder, tiny_model, task={"name": "classification", "labels": ["negative", "positive"]}, data=data,
         training={"max_steps": 20, "batch_size": batch_size, "learning_rate": 1e-2, "log_every": 5,
                   "length_grouping": False, "evaluate_every": 10, "keep_best": True, "eval_batch_size": 12},
     )  # fmt: skip
@@ -58,19 +61,13 @@ def records(folder):
     return [json.loads(line) for line in (folder / "run" / "history.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def alone(tiny_model, tmp_path_factory):
-    """The same batches in one process."""
-    folder = tmp_path_factory.mktemp("alone") / "alone"
-    run(written(folder, tiny_model, batch_size=8))
-    return folder
-
-
-@pytest.mark.parametrize("launcher", sorted(LAUNCHERS))
-def test_two_processes_train_one_run(launcher, tiny_model, alone, tmp_path):
-    folder = tmp_path / launcher
+@pytest.mark.parametrize(("launcher", "streaming"), [("torchrun", False), ("accelerate", True)])
+def test_two_processes_train_one_run(launcher, streaming, tiny_model, tmp_path):
+    """As one process does whose batches are twice as large."""
+    alone, folder = tmp_path / "alone", tmp_path / launcher
+    run(written(alone, tiny_model, batch_size=8, streaming=streaming))
     file = tmp_path / "recipe.yaml"
-    file.write_text(dump_recipe(written(folder, tiny_model, batch_size=4)))
+    file.write_text(dump_recipe(written(folder, tiny_model, batch_size=4, streaming=streaming)))
     done = start(launcher, file)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
     assert done.stdout.count("rows of the test split") == 1

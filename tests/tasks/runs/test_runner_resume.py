@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from adalora.errors import OutOfMemory, RecipeError, StorageError, TrainingError
 from adalora.export import read_adapter
+from adalora.report.history import History
 from adalora.tasks.runs import runner
 from adalora.tasks.runs.runner import run_recipe
 
@@ -72,6 +73,56 @@ def test_ctrl_c_and_resume(tiny_model, data_file, tmp_path, console, monkeypatch
     assert ranks[0] == ranks[1]
 
 
+class Killed(Exception):
+    pass
+
+
+def killed():
+    raise Killed
+
+
+@pytest.mark.parametrize("kind", ["adaptive", "plain", "stream"])
+def test_a_killed_run_goes_on_from_what_it_saved(kind, tiny_model, data_file, tmp_path, console, monkeypatch):
+    """To the scores of a run that was left alone; a stream in the middle of its second pass."""
+    changes = {
+        "task": {"name": "classification", "labels": ["negative", "positive"]},
+        "training": {"max_steps": 40, "batch_size": 8, "learning_rate": 1e-2, "save_every": 8, "log_every": 4},
+    }
+    if kind == "plain":
+        changes["adalora"] = None
+    if kind == "stream":
+        changes["data"] = {"files": {"train": str(data_file), "test": str(data_file)}, "streaming": True}
+    whole, stopped = (recipe(tiny_model, data_file, tmp_path / name, **changes) for name in ("whole", "stopped"))
+    result = run_recipe(whole, console=console)
+    with monkeypatch.context() as patch:
+        with_callback(patch, killed)  # at step 30
+        with pytest.raises(Killed):
+            run_recipe(stopped, console=console)
+    saved = {path.name for path in (stopped.folder / "work").iterdir()}
+    assert saved == {"checkpoint-16", "checkpoint-24"}
+    resumed = run_recipe(stopped, resume=True, console=console)
+    assert resumed.metrics["steps"] == 40
+    assert resumed.metrics["scores"] == result.metrics["scores"]
+    assert not (stopped.folder / "work").exists()
+    weights = [
+        {name: value for name, value in made.trainer.model.state_dict().items() if "lora_" in name}
+        for made in (result, resumed)
+    ]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    if kind != "plain":
+        told = [History.read(made.folder / "history.jsonl") for made in (result, resumed)]
+        ranks, losses = ([[record.get(key) for record in history] for history in told] for key in ("ranks", "loss"))
+        assert ranks[0] == ranks[1]
+        assert losses[0] == losses[1]
+
+
+def test_the_best_checkpoints_are_written_by_evaluations_alone(tiny_model, data_file, tmp_path):
+    training = {"keep_best": True, "evaluate_every": 10, "save_every": 5}
+    with pytest.raises(RecipeError, match=r"save_every=5: keep_best writes .*: --set training.save_every=null"):
+        recipe(tiny_model, data_file, tmp_path, training=training)
+    assert "save_every" not in recipe(tiny_model, data_file, tmp_path).to_dict()["training"]
+
+
 def test_nothing_to_resume(tiny_model, data_file, tmp_path, console):
     with pytest.raises(RecipeError, match="has no checkpoint to go on from: train without --resume"):
         run_recipe(recipe(tiny_model, data_file, tmp_path / "run"), resume=True, console=console)
@@ -114,7 +165,7 @@ def test_a_loss_that_diverges_names_the_recipes_own_fields(tiny_model, data_file
 
     monkeypatch.setattr(runner, "build_model", built)
     with_callback(monkeypatch, poison)
-    with pytest.raises(TrainingError, match=r"no checkpoint was written before \(training.keep_best and training.eval"):
+    with pytest.raises(TrainingError, match=r"no checkpoint was written before \(training.save_every\)"):
         run_recipe(recipe(tiny_model, data_file, tmp_path / "run"), console=console)
 
 

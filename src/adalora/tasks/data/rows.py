@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import string
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adalora.errors import DataError
+from adalora.tasks.data.gaps import refuse_gaps
 from adalora.tasks.data.hub import load_hub
 from adalora.tasks.data.sources import DATA_VARIABLE, SOURCES, load_builtin, local_folder
 from adalora.tasks.data.squad_files import is_squad, read_squad
+from adalora.tasks.recipe.checks import SPLIT_NAMES
 from adalora.tasks.recipe.fields import DataPart, Recipe
 from adalora.tasks.recipe.problems import suggest
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-SplitName: TypeAlias = Literal["train", "validation", "test"]
 FORMATS = {
     ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text",
 }  # fmt: skip
-# Names under which sources keep each split, best first.
-SPLIT_NAMES: dict[SplitName, tuple[str, ...]] = {
-    "train": ("train",),
-    "validation": ("validation", "dev", "valid", "val"),
-    "test": ("test",),
-}
 SHUFFLE_BUFFER = 10_000
 STREAM_SAMPLE = 1_000  # training rows that a stream without held-out rows is measured on
 
@@ -53,7 +50,8 @@ def load_splits(recipe: Recipe) -> Splits:
     """Read, split, rename and limit the rows of a recipe.
 
     Raises:
-        DataError: A source, split or column is missing; the message says what there is.
+        DataError: A source, split or column is missing, and the message says what there is; a split is empty, or some
+            of its cells.
     """
     data = recipe.data
     tables = _choose(data, _read(data))
@@ -62,6 +60,8 @@ def load_splits(recipe: Recipe) -> Splits:
     tables = {name: _rename(recipe, table, name) for name, table in tables.items()}
     for name, table in tables.items():
         tables[name] = _limited(data, table, name)
+        if name != "train" or not data.streaming:
+            refuse_gaps(recipe, tables[name], name)
     return Splits(tables["train"], tables.get("validation"), tables.get("test"))
 
 
@@ -84,7 +84,7 @@ def _read(data: DataPart) -> dict[str, Any]:
         return _read_files(data, _files_by_split(data.files))
     name = str(data.name)
     if name in SOURCES:
-        return dict(load_builtin(name))
+        return _as_asked(data, load_builtin(name))
     folder = local_folder(name)
     if folder is not None:
         if data.config is not None and (folder / data.config).is_dir():
@@ -126,15 +126,25 @@ def _read_files(data: DataPart, files: dict[str, list[str]]) -> dict[str, Any]:
         )
     if kind == "json" and is_squad(first):
         rows = {split: [row for path in paths for row in read_squad(Path(path))] for split, paths in files.items()}
-        return {split: datasets.Dataset.from_list(part) for split, part in rows.items()}
+        return _as_asked(data, {split: datasets.Dataset.from_list(part) for split, part in rows.items()})
     options: dict[str, Any] = {}
     if kind == "csv":
-        options = {"sep": "\t" if first.suffix == ".tsv" else data.delimiter, "column_names": data.header}
+        options = {
+            "sep": "\t" if first.suffix == ".tsv" else data.delimiter,
+            "column_names": data.header,
+            "keep_default_na": False,  # or "None", "NA" and "null", which are texts or labels, are taken for empty
+            "na_values": [""],
+        }
     try:
         return dict(datasets.load_dataset(kind, data_files=files, streaming=data.streaming, **options))
     except Exception as error:  # the reader of each format raises its own classes
         cause = error.__cause__ or error
         raise DataError(f"data.files: {first.name}: not readable as {kind}: {cause}") from error
+
+
+def _as_asked(data: DataPart, tables: Mapping[str, Dataset]) -> dict[str, Any]:
+    """Tables that are in memory anyway, as streams where the recipe wants those."""
+    return {split: table.to_iterable_dataset() if data.streaming else table for split, table in tables.items()}
 
 
 def _choose(data: DataPart, tables: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +170,14 @@ def _split_by_seed(data: DataPart, tables: dict[str, Any], label: str | None) ->
     total = len(tables["train"])
     for split, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
         if fraction and split not in tables and data.splits.get(split, "") is not None:  # type: ignore[call-overload]
-            tables["train"], tables[split] = _take(data, tables["train"], round(fraction * total), label)
+            count = round(fraction * total)
+            if not 0 < count < len(tables["train"]):
+                what = "is none" if count == 0 else "leaves none to train on"
+                raise DataError(
+                    f"data.{split}_fraction={fraction} of {total} rows {what}: 1 row is {1 / total:.2g}; change it, or "
+                    f"name held-out rows by themselves, as data.files.{split}"
+                )
+            tables["train"], tables[split] = _take(data, tables["train"], count, label)
     return tables
 
 
@@ -169,16 +186,31 @@ def _take(data: DataPart, table: Dataset, count: int, label: str | None) -> tupl
 
     rows = list(range(len(table)))
     if data.group_by is not None:
-        if data.group_by not in table.column_names:
-            raise DataError(f"data.group_by={data.group_by!r}: {suggest(data.group_by, table.column_names, 'columns')}")
         splitter = GroupShuffleSplit(1, test_size=count / len(rows), random_state=data.seed)
-        kept, taken = next(splitter.split(rows, groups=table[data.group_by]))
+        kept, taken = next(splitter.split(rows, groups=_groups(data.group_by, table)))
     else:
         strata = table[label] if label in table.column_names else None
-        if strata is not None and (min(map(list(strata).count, set(strata))) < 2 or len(set(strata)) > count):
-            strata = None  # a class too small to be in both parts
+        if strata is not None and not _can_stratify(list(strata), smaller=min(count, len(rows) - count)):
+            strata = None
         kept, taken = train_test_split(rows, test_size=count, random_state=data.seed, stratify=strata)
     return table.select(sorted(kept)), table.select(sorted(taken))
+
+
+def _groups(column: str, table: Dataset) -> list[Any]:
+    if column not in table.column_names:
+        raise DataError(f"data.group_by={column!r}: {suggest(column, table.column_names, 'columns')}")
+    groups = list(table[column])
+    if None in groups:
+        raise DataError(f"data.group_by={column!r}: {groups.count(None)} of {len(groups)} rows have no group")
+    if len(set(groups)) < 2:
+        raise DataError(f"data.group_by={column!r}: all {len(groups)} rows are of one group, which cannot be split")
+    return groups
+
+
+def _can_stratify(labels: list[Any], *, smaller: int) -> bool:
+    """Whether each label has a row for both parts; labels that are missing are refused later, by name."""
+    counts = Counter(labels)
+    return None not in counts and min(counts.values()) > 1 and len(counts) <= smaller
 
 
 def _label_column(recipe: Recipe) -> str | None:
@@ -190,7 +222,7 @@ def _rename(recipe: Recipe, table: Any, split: str) -> Any:
     """Keep the task's columns and give them the names of their roles."""
     names = columns_of(table)
     wanted: dict[str, str] = {}
-    for role, needed in recipe.task.ROLES.items():
+    for role, needed in recipe.roles.items():
         column = recipe.column(role)
         if column in names:
             wanted[role] = column

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from transformers import AutoTokenizer, EvalPrediction, Trainer
 
 from adalora.errors import DataError, RecipeError
+from adalora.tasks.data.gaps import refuse_gaps_of_stream
 from adalora.tasks.data.rows import Splits, columns_of
 from adalora.tasks.recipe.fields import Recipe
 
@@ -28,6 +29,7 @@ REGISTRY = {
     "image-classification": "image_classification:ImageClassificationTask",
     "speech-to-text": "speech:SpeechTask",
 }
+IGNORED = -100  # a label that neither the loss nor a metric counts: padding, prompts, special tokens
 SHOWN = 10  # labels in a message
 _TIMING = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
@@ -93,6 +95,21 @@ class Task(ABC):
         """Training arguments that the task needs."""
         return {}
 
+    def map_rows(self, table: Any, function: Callable[[dict[str, list[Any]]], dict[str, Any]]) -> Any:
+        """Replace all columns by what a batched function makes of them; works row by row on streams.
+
+        Raises:
+            DataError: Later, while a stream is read: a row of it lacks a text or a label.
+        """
+        if hasattr(table, "__len__"):
+            return table.map(function, batched=True, remove_columns=columns_of(table))
+
+        def checked(rows: dict[str, list[Any]]) -> dict[str, Any]:
+            refuse_gaps_of_stream(self.recipe, rows)
+            return function(rows)
+
+        return table.map(checked, batched=True, remove_columns=columns_of(table))
+
     def evaluate(self, trainer: Trainer, table: Any, processor: Any) -> dict[str, float]:
         """Metrics of the live model on held-out rows; on several processes all of them call it."""
         return predict_metrics(trainer, self.features(table, processor))[1]
@@ -117,11 +134,6 @@ def predict_metrics(trainer: Trainer, features: Any) -> tuple[Any, dict[str, flo
     output = trainer.predict(features, metric_key_prefix="final")
     values = {key.removeprefix("final_"): float(value) for key, value in (output.metrics or {}).items()}
     return output.predictions, {key: value for key, value in values.items() if not key.endswith(_TIMING)}
-
-
-def map_rows(table: Any, function: Callable[[dict[str, list[Any]]], dict[str, Any]]) -> Any:
-    """Replace all columns by what a batched function makes of them; works row by row on streams."""
-    return table.map(function, batched=True, remove_columns=columns_of(table))
 
 
 def _as_list(cell: Any) -> list[Any]:
@@ -155,6 +167,8 @@ def find_labels(
         for rows in (splits.train, splits.validation, splits.test)
         if rows is not None
     ]
+    if None in train:
+        raise DataError(f"column {recipe.column(role)!r}: a label of a row of train is missing; drop or mend it")
     labels = sorted({str(label) for label in train})
     for label in sorted(set().union(*held_out), key=str):  # now, not when training is over
         label_number(label, labels)

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer
 
 from adalora.errors import RecipeError
 from adalora.tasks.data.rows import columns_of
-from adalora.tasks.kinds.base import map_rows, predict_metrics
+from adalora.tasks.kinds.base import IGNORED, predict_metrics
 from adalora.tasks.kinds.chats import Message, Piece, chat_ids, chat_pieces
-from adalora.tasks.kinds.generation import IGNORED, GenerativeTask, rouge
+from adalora.tasks.kinds.generation import GenerativeTask, rouge
 from adalora.tasks.kinds.sequence import with_pad_token
 from adalora.tasks.recipe.options import CausalLM
 
@@ -51,7 +51,7 @@ class CausalLMTask(GenerativeTask):
                 "labels": [labels for _, labels in encoded],
             }
 
-        return map_rows(table, encode)
+        return self.map_rows(table, encode)
 
     def collator(self, processor: Any) -> Any:
         """Pads tokens and labels to the longest row of a batch."""
@@ -61,7 +61,7 @@ class CausalLMTask(GenerativeTask):
         """Likelihood, and where the recipe wants it ROUGE of generated completions."""
         scores = predict_metrics(trainer, self.features(table, processor))[1]
         names = columns_of(table)
-        if self.options.generation is None or "text" in names:
+        if self.options.generation is None or "text" in self.recipe.roles:
             return scores
         rows = [dict(zip(names, values)) for values in zip(*(table[name] for name in names))]
         side, processor.padding_side = processor.padding_side, "left"
@@ -76,28 +76,30 @@ class CausalLMTask(GenerativeTask):
 
     def _pieces(self, row: dict[str, Any], tokenizer: Any) -> list[Piece]:
         everything = self.options.loss_on == "all"
-        if "text" in row:
+        if "text" in self.recipe.roles:
             return [([*prompt_ids(row["text"], tokenizer), tokenizer.eos_token_id], True)]
-        if self._chats(row):
+        if self._chats():
             messages = self._messages(row)
             return [(chat_ids(messages, tokenizer), True)] if everything else chat_pieces(messages, tokenizer)
         answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
         return [(self._prompt_ids(row, tokenizer), everything), ([*answer, tokenizer.eos_token_id], True)]
 
     def _prompt_ids(self, row: dict[str, Any], tokenizer: Any) -> list[int]:
-        if self._chats(row):
+        if self._chats():
             return chat_ids(self._messages(row)[:-1], tokenizer, open_turn=True)
         return prompt_ids(self._prompt(row) + self.options.separator, tokenizer)
 
     def _prompt(self, row: dict[str, Any]) -> str:
         template = self.options.template
-        return str(row["prompt"]) if template is None else template.format_map(row)
+        if template is None:
+            return str(row["prompt"])
+        return template.format_map({name: "" if cell is None else cell for name, cell in row.items()})
 
-    def _chats(self, row: dict[str, Any]) -> bool:
-        return self.options.chat or "messages" in row
+    def _chats(self) -> bool:
+        return self.options.chat or "messages" in self.recipe.roles
 
     def _messages(self, row: dict[str, Any]) -> list[Message]:
-        if "messages" in row:
+        if "messages" in self.recipe.roles:
             return list(row["messages"])
         return [
             {"role": "user", "content": self._prompt(row)},
@@ -105,7 +107,7 @@ class CausalLMTask(GenerativeTask):
         ]
 
     def _answer(self, row: dict[str, Any]) -> str:
-        return self._messages(row)[-1]["content"] if "messages" in row else str(row["completion"])
+        return self._messages(row)[-1]["content"] if "messages" in self.recipe.roles else str(row["completion"])
 
 
 def prompt_ids(text: str, tokenizer: Any) -> list[int]:

@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel, EvalPrediction
 
-from adalora.tasks.kinds.base import Task, map_rows
+from adalora.tasks.kinds.base import IGNORED, Task
 from adalora.tasks.kinds.sequence import with_pad_token
 from adalora.tasks.recipe.options import Embedding
 
-IGNORED = -100
 CHUNK = 1024  # queries whose scores are in memory at a time
 
 
@@ -53,7 +52,7 @@ class EmbeddingTask(Task):
             options = self.options
             return {"query": ids(options.prefix, rows["text"]), "passage": ids(options.pair_prefix, rows["text_pair"])}
 
-        return map_rows(table, encode)
+        return self.map_rows(table, encode)
 
     def collator(self, processor: Any) -> Any:
         """Query, passage, query, passage …, padded to the longest; labels are [pairs, tokens, 2]."""

@@ -12,13 +12,12 @@ import torch
 from torch.nn import functional as F
 from transformers import EvalPrediction
 
-from adalora.tasks.kinds.base import Task
+from adalora.tasks.kinds.base import IGNORED, Task
 from adalora.tasks.recipe.options import Generation
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-IGNORED = -100
 Reference = str | list[str]
 
 

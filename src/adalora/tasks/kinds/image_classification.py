@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoImageProcessor, AutoModelForImageClassification, DefaultDataCollator, EvalPrediction
 
 from adalora.tasks.data.rows import Splits
-from adalora.tasks.kinds.base import Task, find_labels, label_head, label_number, map_rows
+from adalora.tasks.kinds.base import Task, find_labels, label_head, label_number
 from adalora.tasks.kinds.sequence import class_metrics
 from adalora.tasks.recipe.fields import Recipe
 
@@ -43,7 +43,7 @@ class ImageClassificationTask(Task):
             labels = [label_number(value, self.labels) for value in rows["label"]]
             return {**processor(images, return_tensors="pt"), "labels": labels}
 
-        return map_rows(table, encode) if self.recipe.data.streaming else table.with_transform(encode)
+        return self.map_rows(table, encode) if self.recipe.data.streaming else table.with_transform(encode)
 
     def collator(self, processor: Any) -> Any:
         """Stacks images, which all have the same size."""

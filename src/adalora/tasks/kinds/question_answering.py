@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoModelForQuestionAnswering, DataCollatorWithPadding, Trainer
 
 from adalora.errors import DataError
-from adalora.tasks.kinds.base import Task, map_rows, predict_metrics
+from adalora.tasks.kinds.base import Task, predict_metrics
 from adalora.tasks.kinds.spans import Candidate, Window, best_answers, squad_scores, tune_threshold
 from adalora.tasks.recipe.options import QuestionAnswering
 
@@ -50,7 +50,7 @@ class QuestionAnsweringTask(Task):
             starts, ends = zip(*places)
             return {**windows, "start_positions": list(starts), "end_positions": list(ends)}
 
-        return map_rows(table, encode)
+        return self.map_rows(table, encode)
 
     def collator(self, processor: Any) -> Any:
         """Pads to the longest window of a batch."""

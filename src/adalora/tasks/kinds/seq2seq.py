@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, Trainer
 
-from adalora.tasks.kinds.base import map_rows, predict_metrics
+from adalora.tasks.kinds.base import predict_metrics
 from adalora.tasks.kinds.generation import GenerativeTask, rouge
 from adalora.tasks.recipe.options import Seq2Seq
 
@@ -34,7 +34,7 @@ class Seq2SeqTask(GenerativeTask):
             wanted = processor(text_target=targets, truncation=True, max_length=self.options.max_target_length)
             return {**encoded, "labels": wanted["input_ids"]}
 
-        return map_rows(table, encode)
+        return self.map_rows(table, encode)
 
     def collator(self, processor: Any) -> Any:
         """Pads both sides to the longest row of a batch."""

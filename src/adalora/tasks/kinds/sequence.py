@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from adalora.errors import DataError
 from adalora.tasks.data.rows import STREAM_SAMPLE, Splits
-from adalora.tasks.kinds.base import Task, find_labels, label_head, label_number, map_rows
+from adalora.tasks.kinds.base import Task, find_labels, label_head, label_number
 from adalora.tasks.recipe.fields import Recipe
 from adalora.tasks.recipe.options import MultiLabel, Regression
 
@@ -68,7 +68,7 @@ class SequenceTask(Task):
             encoded["labels"] = [self._target(value) for value in rows[role]]
             return encoded
 
-        return map_rows(table, encode)
+        return self.map_rows(table, encode)
 
     def collator(self, processor: Any) -> Any:
         """Pads to the longest row of a batch."""

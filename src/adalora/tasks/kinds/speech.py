@@ -11,8 +11,8 @@ import numpy as np
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, Trainer
 
 from adalora.errors import DataError
-from adalora.tasks.kinds.base import map_rows, predict_metrics
-from adalora.tasks.kinds.generation import IGNORED, GenerativeTask
+from adalora.tasks.kinds.base import IGNORED, predict_metrics
+from adalora.tasks.kinds.generation import GenerativeTask
 from adalora.tasks.recipe.options import SpeechToText
 
 
@@ -48,7 +48,7 @@ class SpeechTask(GenerativeTask):
             texts = processor.tokenizer(rows["text"], truncation=True, max_length=self.options.max_target_length)
             return {"input_features": spectrograms(rows["audio"], processor), "labels": texts["input_ids"]}
 
-        return map_rows(table, encode) if self.recipe.data.streaming else table.with_transform(encode)
+        return self.map_rows(table, encode) if self.recipe.data.streaming else table.with_transform(encode)
 
     def collator(self, processor: Any) -> Any:
         """Stacks spectrograms and pads labels."""

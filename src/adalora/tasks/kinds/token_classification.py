@@ -10,10 +10,8 @@ from transformers import AutoModelForTokenClassification, DataCollatorForTokenCl
 
 from adalora.errors import DataError
 from adalora.tasks.data.rows import Splits
-from adalora.tasks.kinds.base import Task, find_labels, label_head, label_number, map_rows
+from adalora.tasks.kinds.base import IGNORED, Task, find_labels, label_head, label_number
 from adalora.tasks.recipe.fields import Recipe
-
-IGNORED = -100  # special tokens, and all but the first token of a word
 
 
 class TokenClassificationTask(Task):
@@ -25,6 +23,9 @@ class TokenClassificationTask(Task):
 
     def __init__(self, recipe: Recipe, splits: Splits) -> None:
         super().__init__(recipe, splits)
+        for table in splits:
+            if table is not None and hasattr(table, "__len__"):
+                self._refuse_text(table[:1])
         self.labels = find_labels(recipe, splits, role="tags")
         self.entities = any(label.startswith(("B-", "I-")) for label in self.labels)
         self.main_metric = "f1" if self.entities else "accuracy"
@@ -45,6 +46,7 @@ class TokenClassificationTask(Task):
         limit = self.recipe.training.max_length
 
         def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
+            self._refuse_text(rows)
             encoded = processor(rows["tokens"], is_split_into_words=True, truncation=True, max_length=limit)
             labels = [
                 self._align(encoded.word_ids(row), tags, words)
@@ -52,7 +54,7 @@ class TokenClassificationTask(Task):
             ]
             return {**encoded, "labels": labels}
 
-        return map_rows(table, encode)
+        return self.map_rows(table, encode)
 
     def collator(self, processor: Any) -> Any:
         """Pads tokens and labels to the longest row of a batch."""
@@ -62,11 +64,20 @@ class TokenClassificationTask(Task):
         """Entity precision, recall and F1 by seqeval, or accuracy and macro-F1 by scikit-learn."""
         return self._measure
 
+    def _refuse_text(self, rows: dict[str, list[Any]]) -> None:
+        for role in ("tokens", "tags"):
+            for cell in rows[role][:1]:  # a column is of one kind
+                if not isinstance(cell, list):
+                    raise DataError(
+                        f"column {self.recipe.column(role)!r} has {cell!r} where a list of words or tags must stand: "
+                        '{"tokens": ["my", "bag"], "tags": ["O", "B-THING"]}, in JSON lines or Parquet'
+                    )
+
     def _align(self, word_ids: list[int | None], tags: list[Any], words: list[str]) -> list[int]:
         if len(tags) != len(words):
             raise DataError(f"{len(words)} tokens but {len(tags)} tags in the row that begins {words[:5]}")
         previous: int | None = None
-        labels = []
+        labels = []  # neither special tokens nor all but the first token of a word count
         for word in word_ids:
             labels.append(IGNORED if word is None or word == previous else label_number(tags[word], self.labels))
             previous = word

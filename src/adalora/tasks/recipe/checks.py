@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import typing
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import pydantic
 
@@ -15,9 +16,51 @@ from adalora.errors import RecipeError
 from adalora.tasks.recipe.options import CausalLM
 from adalora.tasks.recipe.problems import suggest
 
+SplitName: TypeAlias = Literal["train", "validation", "test"]
+# Names under which sources keep each split, best first.
+SPLIT_NAMES: dict[SplitName, tuple[str, ...]] = {
+    "train": ("train",),
+    "validation": ("validation", "dev", "valid", "val"),
+    "test": ("test",),
+}
 PACKAGE_PREFIX = "package:"
 # Set by the runner or meaningless in training.
 _LORA_RESERVED = ("task_type", "peft_type", "base_model_name_or_path", "inference_mode", "auto_mapping", "revision")
+
+
+def check_split_files(files: Iterable[str], splits: dict[SplitName, str | None]) -> None:
+    """Every file of `data.files` must be read as some split.
+
+    Args:
+        files: Names that the files have there.
+        splits: The recipe's `data.splits`.
+
+    Raises:
+        ValueError: A name is of no split, so that its rows would be left out unseen.
+    """
+    known = {name for names in SPLIT_NAMES.values() for name in names} | {name for name in splits.values() if name}
+    for name in files:
+        if name not in known:
+            raise ValueError(f"data.files.{name}: {suggest(name, known, 'splits')}")
+
+
+def check_stream(splitting: dict[str, float | str | None]) -> None:
+    """A stream is never whole in memory, so that no rows can be taken out of it.
+
+    Args:
+        splitting: Field → value of what would take rows out.
+
+    Raises:
+        ValueError: One of them is given.
+    """
+    given = [name for name, value in splitting.items() if value]
+    if given:
+        what = ", ".join(f"data.{name}={splitting[name]!r}" for name in given)
+        undo = " ".join(f"--set data.{name}={'null' if name == 'group_by' else 0}" for name in given)
+        raise ValueError(
+            f"{what}: no rows can be taken out of a stream (data.streaming=true): {undo}, and name held-out rows by "
+            "themselves, as in data.files={train: train.jsonl, test: test.jsonl}"
+        )
 
 
 def check_causal_columns(task: CausalLM, named: set[str]) -> None:

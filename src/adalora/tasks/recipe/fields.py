@@ -12,7 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from adalora.config import AdaLoraConfig
 from adalora.errors import RecipeError
 from adalora.report.thresholds import DiagnosticThresholds
-from adalora.tasks.recipe.checks import check_causal_columns, check_lora_fields, preset_fields, resolve_model_name
+from adalora.tasks.recipe.checks import (
+    SplitName,
+    check_causal_columns,
+    check_lora_fields,
+    check_split_files,
+    check_stream,
+    preset_fields,
+    resolve_model_name,
+)
 from adalora.tasks.recipe.options import CausalLM, TaskOptions
 from adalora.tasks.recipe.problems import describe, suggest
 
@@ -71,7 +79,8 @@ class DataPart(Part):
         group_by: Rows with the same value of this column stay in one split.
         columns: Role of the task → column of the data, where they differ.
         limit: At most this many rows of a split, drawn by `seed`.
-        streaming: Read row by row, for sets that do not fit on the disk; needs `training.max_steps`.
+        streaming: Read row by row, for sets that do not fit on the disk; needs `training.max_steps`, and held-out rows
+            in splits of their own.
         seed: Of the splits and draws, apart from the training's.
     """
 
@@ -81,12 +90,12 @@ class DataPart(Part):
     format: Literal["csv", "json", "parquet", "text"] | None = None
     header: list[str] | None = None
     delimiter: str = Field(default=",", min_length=1)
-    splits: dict[Literal["train", "validation", "test"], str | None] = {}
+    splits: dict[SplitName, str | None] = {}
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
     test_fraction: float = Field(default=0.0, ge=0, lt=1)
     group_by: str | None = None
     columns: dict[str, str] = {}
-    limit: dict[Literal["train", "validation", "test"], int] = {}
+    limit: dict[SplitName, int] = {}
     streaming: bool = False
     seed: int = 0
 
@@ -99,6 +108,10 @@ class DataPart(Part):
         for split, count in self.limit.items():
             if count < 1:
                 raise ValueError(f"limit.{split}={count} must be at least 1")
+        if isinstance(self.files, dict):
+            check_split_files(self.files, self.splits)
+        if self.streaming:
+            check_stream({name: getattr(self, name) for name in ("validation_fraction", "test_fraction", "group_by")})
         return self
 
 
@@ -122,9 +135,11 @@ class TrainingPart(Part):
         precision: Of the computation; `auto` is bf16 where the GPU has it, else fp32.
         gradient_checkpointing: Trade time for memory.
         length_grouping: Put rows of like length in one batch; faster, but the Trainer then walks from long rows to
-            short ones, which hurts runs of few steps.
+            short ones, which hurts runs of few steps. Nothing for streams, images, speech and embeddings.
         evaluate_every: Steps between evaluations on the validation split; none by default.
         keep_best: Keep the best evaluation's weights instead of the last ones.
+        save_every: Steps between checkpoints for `--resume` after the run was killed, of which the newest two are kept;
+            none by default. `keep_best` writes one at each evaluation by itself.
         keep_pruned: Keep pruned triplets, as they were, in `pruned.safetensors` for `adalora curve` above 100 %.
         gradient_batches: Before training, turn the triplets to the leading directions of the gradient of this many
             batches (`adalora.GradientSketch`); 8 are enough. By default LoRA's random start.
@@ -151,6 +166,7 @@ class TrainingPart(Part):
     length_grouping: bool = False
     evaluate_every: int | None = Field(default=None, ge=1)
     keep_best: bool = False
+    save_every: int | None = Field(default=None, ge=1)
     keep_pruned: bool = True
     gradient_batches: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=10, ge=1)
@@ -163,6 +179,11 @@ class TrainingPart(Part):
             raise ValueError(f"lr_warmup={self.lr_warmup} is a fraction below 1 or a whole number of steps")
         if self.keep_best and self.evaluate_every is None:
             raise ValueError("keep_best needs evaluate_every")
+        if self.keep_best and self.save_every is not None:
+            raise ValueError(
+                f"save_every={self.save_every}: keep_best writes a checkpoint at each evaluation (evaluate_every="
+                f"{self.evaluate_every}) already; leave it out: --set training.save_every=null"
+            )
         return self
 
 
@@ -257,6 +278,13 @@ class Recipe(Part):
     def folder(self) -> Path:
         """The output folder."""
         return Path(self.output)
+
+    @property
+    def roles(self) -> dict[str, bool]:
+        """The columns that the task reads, by their roles, and whether each must be there."""
+        if isinstance(self.task, CausalLM):  # of its forms, the one that is named
+            return dict.fromkeys(self.data.columns, True)
+        return self.task.ROLES
 
     def column(self, role: str) -> str:
         """The data's column for one role of the task."""

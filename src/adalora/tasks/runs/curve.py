@@ -221,7 +221,7 @@ def _order(run: Path, adapter: Adapter, order: str | None, *, trainer: Any) -> t
 def _trainer(recipe: Recipe, task: Task, adapter: Adapter, *, processor: Any, splits: Splits, work: str) -> Any:
     """A Trainer that holds the base model with the run's trained head, and no LoRA."""
     model = with_extras(load_checkpoint(recipe.model, task, processor)[0], adapter)
-    training = recipe.training.model_copy(update={"evaluate_every": None, "keep_best": False})
+    training = recipe.training.model_copy(update={"evaluate_every": None, "keep_best": False, "save_every": None})
     quiet = recipe.model_copy(update={"output": work, "training": training})
     quiet.__dict__.pop("folder", None)  # it is cached by the recipe that was copied
     return make_trainer(quiet, task, model=model, processor=processor, splits=splits)

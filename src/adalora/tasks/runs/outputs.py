@@ -49,6 +49,12 @@ def prepare_folder(folder: Path, *, overwrite: bool) -> Path:
     return folder
 
 
+def last_plain_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint of plain LoRA that was written to its end, or None where there is none."""
+    ends = work.glob("checkpoint-*/trainer_state.json")  # the Trainer's last file
+    return max((str(file.parent) for file in ends), key=lambda name: int(name.rpartition("-")[2]), default=None)
+
+
 def save_adapter(model: Any, processor: Any, folder: Path) -> None:
     """Write the plain LoRA adapter and the processor; the folder appears whole or not at all.
 

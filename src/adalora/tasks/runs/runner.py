@@ -38,6 +38,7 @@ from adalora.tasks.runs.outputs import (
     RECIPE,
     REPORT,
     WORK,
+    last_plain_checkpoint,
     prepare_folder,
     save_adapter,
     write_text,
@@ -128,7 +129,7 @@ def run_recipe(
     # Without `cpu` it takes a machine without accelerator for a single process, whatever the launcher says.
     processes = PartialState(cpu=not torch.accelerator.is_available())
     first = processes.is_main_process
-    checkpoint = _interrupted(recipe.folder) if resume else None
+    checkpoint = _interrupted(recipe) if resume else None
     folder = prepare_folder(recipe.folder, overwrite=overwrite) if first and not resume else recipe.folder
     splits = load_splits(recipe)
     split, rows = hooks.rows(splits)
@@ -178,7 +179,7 @@ def _adaptive(recipe: Recipe, folder: Path, history: History, *, first: bool) ->
     adaptive = AdaLoraCallback(recipe.adalora, history=history, thresholds=recipe.diagnostics)
     adaptive.pruned = folder / PRUNED if first and recipe.training.keep_pruned else None
     adaptive.resume_hint = f"adalora train {folder / RECIPE} --resume"
-    adaptive.save_hint = "training.keep_best and training.evaluate_every"
+    adaptive.save_hint = "training.save_every"
     return adaptive
 
 
@@ -196,13 +197,14 @@ def _about(recipe: Recipe, task: Task, scores: dict[str, float], *, rows: str) -
     }
 
 
-def _interrupted(folder: Path) -> str:
+def _interrupted(recipe: Recipe) -> str:
     """The newest whole checkpoint of a run that was stopped."""
-    checkpoint = latest_checkpoint(folder / WORK)
+    work = recipe.folder / WORK
+    checkpoint = last_plain_checkpoint(work) if recipe.adalora is None else latest_checkpoint(work)
     if checkpoint is None:
         raise RecipeError(
-            f"output={str(folder)!r} has no checkpoint to go on from: train without --resume (a run writes one at "
-            "Ctrl-C, and with training.keep_best at each evaluation)"
+            f"output={str(recipe.folder)!r} has no checkpoint to go on from: train without --resume (a run writes one "
+            "each training.save_every steps, with training.keep_best at each evaluation, and at Ctrl-C)"
         )
     return checkpoint
 

@@ -14,6 +14,7 @@ from adalora.tasks.data.rows import Splits
 from adalora.tasks.kinds.base import Task
 from adalora.tasks.recipe.fields import Recipe, TrainingPart
 from adalora.tasks.runs.outputs import WORK
+from adalora.tasks.runs.streams import Endless
 
 
 def make_trainer(recipe: Recipe, task: Task, *, model: Any, processor: Any, splits: Splits) -> Trainer:
@@ -25,10 +26,11 @@ def make_trainer(recipe: Recipe, task: Task, *, model: Any, processor: Any, spli
     evaluates = recipe.training.evaluate_every is not None
     if evaluates and splits.validation is None:
         raise DataError("training.evaluate_every needs a validation split: set data.validation_fraction=0.1")
+    train = task.features(splits.train, processor)
     trainer = Trainer(
         model=model,
         args=training_arguments(recipe, task),
-        train_dataset=task.features(splits.train, processor),
+        train_dataset=Endless(train) if recipe.data.streaming else train,
         eval_dataset=task.features(splits.validation, processor) if evaluates else None,
         processing_class=processor,
         data_collator=task.collator(processor),
@@ -76,15 +78,15 @@ def training_arguments(recipe: Recipe, task: Task) -> TrainingArguments:
         "train_sampling_strategy": "group_by_length" if grouping else "random",
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": training.evaluate_every,
-        "save_strategy": "steps" if training.keep_best else "no",
-        "save_steps": training.evaluate_every or 500,
-        "save_total_limit": 1,
+        **saving(training),
         "load_best_model_at_end": training.keep_best,
         "metric_for_best_model": task.main_metric,
         "label_names": list(task.label_names),
         "logging_steps": training.log_every,
         "dataloader_num_workers": training.workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # Each process takes its share of a stream. Batches of different lengths cannot be handed out by the first one.
+        "accelerator_config": {"dispatch_batches": False},
         "seed": training.seed,
         "report_to": "none",
         "disable_tqdm": True,
@@ -92,6 +94,15 @@ def training_arguments(recipe: Recipe, task: Task) -> TrainingArguments:
     if training.gradient_checkpointing:
         fields |= checkpointing()
     return TrainingArguments(**{**fields, **task.arguments()})
+
+
+def saving(training: TrainingPart) -> dict[str, Any]:
+    """When checkpoints are written into the run's work folder, and how many stay."""
+    if training.keep_best:  # the best one stays beside the newest
+        return {"save_strategy": "steps", "save_steps": training.evaluate_every, "save_total_limit": 1}
+    if training.save_every is not None:
+        return {"save_strategy": "steps", "save_steps": training.save_every, "save_total_limit": 2}
+    return {"save_strategy": "no"}
 
 
 def precision(training: TrainingPart) -> dict[str, bool]:
