@@ -216,6 +216,13 @@ def test_a_fraction_of_no_rows_is_refused(fraction, words, tmp_path):
         splits(tmp_path, files=write(tmp_path / "rows.jsonl"), test_fraction=fraction)
 
 
+def test_a_split_without_rows_is_named(tmp_path, monkeypatch):
+    table = Dataset.from_list(ROWS)
+    monkeypatch.setattr(rows, "load_builtin", lambda name: {"train": table, "test": table.select([])})
+    with pytest.raises(DataError, match="data: the test split has no rows"):
+        splits(tmp_path, name="airline")
+
+
 def test_a_class_too_small_for_a_small_training_part_is_not_in_the_way(tmp_path):
     rows = [{"text": f"w{n}", "label": "abc"[n % 3]} for n in range(12)]
     train, _, test = splits(tmp_path, files=write(tmp_path / "rows.jsonl", rows), test_fraction=0.85)

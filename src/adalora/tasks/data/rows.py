@@ -56,6 +56,8 @@ def load_splits(recipe: Recipe) -> Splits:
     data = recipe.data
     tables = _choose(data, _read(data))
     if not data.streaming:
+        if empty := [name for name, table in tables.items() if len(table) == 0]:
+            raise DataError(f"data: the {' and '.join(empty)} split has no rows")
         tables = _split_by_seed(data, tables, _label_column(recipe))
     tables = {name: _rename(recipe, table, name) for name, table in tables.items()}
     for name, table in tables.items():
