@@ -106,7 +106,8 @@ def generate_texts(
                 output = output[:, batch["input_ids"].shape[1] :]
             texts += [text.strip() for text in processor.batch_decode(output, skip_special_tokens=True)]
     model.train(training)
-    return list(gather_object(texts))
+    # Older versions of Accelerate give the last row to each process that would have none.
+    return list(gather_object(texts))[:rows]
 
 
 def _search(options: Generation) -> dict[str, Any]:
