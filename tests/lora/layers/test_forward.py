@@ -351,6 +351,16 @@ def test_a_lambda_of_its_own_in_autocast_and_half_precision(fused_calls):
     assert len(fused_calls) == 18
 
 
+def test_a_lambda_of_another_type_goes_through_the_modules(fused_calls):
+    """One that was cast by itself, narrower than P and Q."""
+    models = svd_pair()
+    for model in models:
+        for h in find_triplets(model, "default"):
+            h.lambda_parameter.data = h.lambda_parameter.data.float()
+    assert_same(*models)
+    assert fused_calls == []
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_lambda_of_its_own_with_gradient_checkpointing(fused_calls, reentrant):
     assert_same(*svd_pair(net=Net(checkpointing=reentrant), lora_dropout=0.3), input_grad=True)
