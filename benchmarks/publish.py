@@ -36,7 +36,8 @@ def wanted_rows(suite: Suite, results: Results) -> list[dict[str, object]]:
     rows = []
     for group in groups(suite):
         cells = dev_cells(suite, *group) + picked_cells(suite, *group, results=results)
-        rows += [results.rows[cell.key] for cell in cells if cell.key in results.rows]
+        # Another suite may have run the same cell under its own name.
+        rows += [results.rows[cell.key] | {"method": cell.method} for cell in cells if cell.key in results.rows]
     return rows
 
 
