@@ -22,7 +22,7 @@ from adalora.compare.cells import RESULTS, Results, dev_cells, groups, picked_ce
 from adalora.compare.plots import plot_all_curves, plot_differences
 from adalora.compare.report import markdown
 from adalora.compare.suite import Suite, load_suite
-from adalora.compare.summary import summarize
+from adalora.compare.summary import Summary, summarize
 from adalora.report.style import SERIES, STYLE
 from benchmarks import pages
 
@@ -63,15 +63,18 @@ def published(suite: Suite, path: Path) -> tuple[Suite, Results]:
     return suite, results
 
 
-def rendered(suite: Suite, results: Results) -> str:
-    """The suite's part of the page, without the two lines around it."""
-    tables = re.sub(r"^#", "##", markdown(summarize(suite, results)), flags=re.MULTILINE)
-    return "\n".join(line for line in tables.splitlines() if not re.match(r"## \S+$", line)).strip()
-
-
-def figures(suite: Suite, results: Results) -> dict[str, Figure]:
-    """The suite's figures by file name: differences, and learning curves if they can be told apart."""
+def rendered(suite: Suite, results: Results) -> tuple[str, dict[str, Figure]]:
+    """The suite's part of the page, without the two lines around it, and the figures that it shows."""
     summary = summarize(suite, results)
+    drawn = figures(summary)
+    tables = re.sub(r"^#", "##", markdown(summary), flags=re.MULTILINE)
+    text = "\n".join(line for line in tables.splitlines() if not re.match(r"## \S+$", line)).strip()
+    return f"{linked(suite, drawn)}\n\n{text}", drawn
+
+
+def figures(summary: Summary) -> dict[str, Figure]:
+    """The suite's figures by file name: differences, and learning curves if they can be told apart."""
+    suite = summary.suite
     found = {f"{suite.name}-differences.svg": plot_differences(summary)}
     if len(suite.methods) <= len(SERIES):
         found[f"{suite.name}-curves.svg"] = plot_all_curves(summary)
@@ -104,10 +107,10 @@ def main() -> None:
         raise SystemExit(f"{PAGE.name} has no place for {suite.name}: add the two lines {start} and {end}")
     lines = [json.dumps(row) + "\n" for row in wanted_rows(suite, results)]
     (ROOT / "benchmarks" / "results" / f"{suite.name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    drawn = figures(suite, results)
+    text, drawn = rendered(suite, results)
     for name, figure in drawn.items():
         (FIGURES / name).write_text(svg(figure, name), encoding="utf-8")
-    pages.put(PAGE, suite.name, f"{linked(suite, drawn)}\n\n{rendered(suite, results)}")
+    pages.put(PAGE, suite.name, text)
     print(f"{len(lines)} rows, {PAGE}")
 
 

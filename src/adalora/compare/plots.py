@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from adalora.compare.summary import Line, Summary, baseline_of, paired
+from adalora.compare.summary import Line, Summary, baseline_of, mean_size, paired
 from adalora.report.style import DASHES, MUTED, SERIES, new_figure, styled
 
 MARKS = ("o", "s", "^", "D", "v", "P")
@@ -31,7 +31,7 @@ def plot_differences(summary: Summary) -> Figure:
     axes.axvline(0, color=MUTED, linewidth=1)
     for row, line in enumerate(lines):
         seeds, mean, low, high = _percent(summary, line)
-        colour = look(methods.index(line.method), marker=True)["color"]
+        colour = look(methods.index(line.method), marker=False)["color"]
         axes.plot(seeds, [row] * len(seeds), color=colour, marker="o", linestyle="", markersize=4, fillstyle="none")
         if len(seeds) > 1:
             axes.plot([low, high], [row, row], color=colour, linestyle="-")
@@ -130,7 +130,7 @@ def _percent(summary: Summary, line: Line) -> tuple[list[float], float, float, f
     assert base is not None
     assert line.comparison is not None
     mine, theirs = paired(line, base)
-    unit = max(abs(statistics.fmean(theirs)), 1e-12) / 100
+    unit = mean_size(theirs) / 100
     found = line.comparison.difference
     return [(a - b) / unit for a, b in zip(mine, theirs)], found.mean / unit, found.low / unit, found.high / unit
 

@@ -119,6 +119,11 @@ def paired(line: Line, base: Line) -> tuple[list[float], list[float]]:
     return [line.better * line.tests[s]["score"] for s in seeds], [base.better * base.tests[s]["score"] for s in seeds]
 
 
+def mean_size(scores: list[float]) -> float:
+    """The size of their mean, by which differences of any metric can be divided."""
+    return max(abs(statistics.fmean(scores)), 1e-12)
+
+
 def _line(suite: Suite, group: Any, results: Results) -> Line:
     task, budget, method = group
     rate = pick_rate(suite, *group, results=results)
@@ -175,5 +180,5 @@ def _overall(suite: Suite, method: str, lines: list[Line]) -> tuple[Interval, in
             continue
         mine, theirs = paired(line, base)
         if mine:
-            gains.append(100 * np.subtract(mine, theirs) / max(abs(statistics.fmean(theirs)), 1e-12))
+            gains.append(100 * np.subtract(mine, theirs) / mean_size(theirs))
     return (interval(gains, confidence=suite.confidence), len(gains)) if gains else None
