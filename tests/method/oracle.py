@@ -217,13 +217,15 @@ class Oracle:
                 left, right, eye = P.T @ P, Q @ Q.T, torch.eye(m.rank, dtype=torch.float64)
                 if free:
                     longest = left.diagonal().max().detach().clamp_min(torch.finfo(torch.float32).tiny)
-                    terms.append((left * (1 - eye)).square().sum() / longest)
-                    terms.append((right / m.length - m.length * eye).square().sum())
+                    found = [(left * (1 - eye) / longest, longest), (right / m.length**2 - eye, m.length**2)]
                 else:
-                    terms += [(left - eye).square().sum(), (right - eye).square().sum()]
+                    found = [(left - eye, 1), (right - eye, 1)]
+                for gap, unit in found:  # no direction turns around in a step, or grows by more than half
+                    furthest = max(1.0, float(torch.linalg.matrix_norm(gap.detach(), ord=math.inf)))
+                    size = min(lr * config.orthogonality_weight, 1 / (8 * furthest))
+                    terms.append(size * gap.square().sum() * unit)
             slopes = torch.autograd.grad(sum(terms), whole)
-            size = lr * config.orthogonality_weight
-            result.append([(t - size * slope).detach() for t, slope in zip(whole, slopes)] + parts[2:])
+            result.append([(t - slope).detach() for t, slope in zip(whole, slopes)] + parts[2:])
         return result
 
     def scores(self, weights, *, draw=False):

@@ -84,6 +84,8 @@ def _fill_in(config: AdaLoraConfig) -> None:
             object.__setattr__(config, "handover", False)
         if "scale" not in given:
             object.__setattr__(config, "scale", "target")
+        if "orthogonality_weight" not in given:
+            object.__setattr__(config, "orthogonality_weight", 0.1)
     if "pace" not in given and any(name == "pace" for name, _ in _without_effect(config)):
         object.__setattr__(config, "pace", "fixed")
     if config.schedule == "constant":  # one phase: nothing ends a warm-up, nothing begins a final phase

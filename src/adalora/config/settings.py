@@ -99,7 +99,9 @@ class AdaLoraConfig(BaseModel):
         orthogonality: `"decoupled"`: R(P, Q) of Eq. 4 acts once per optimizer step, apart from the loss, like
             decoupled weight decay; `"squared"`: γ·R is part of the objective, as in Eq. 4; `"released"`: γ times the
             mean of the unsquared norms, as in the released code; `"off"`.
-        orthogonality_weight: γ of Eq. 4.
+        orthogonality_weight: γ of Eq. 4. The decoupled term takes deviations down by 8·lr·γ a step, and is never longer
+            than a step of Newton and Schulz. With `"svd"` 0.1 by default, as in the paper: there P's columns are drawn
+            to length 1 as well.
         revival: Pruned triplets may return while the budget shrinks, as in the paper.
         compact: Remove pruned triplets physically when the budget has reached its target.
         compact_at: Remove them earlier too, at these fractions of the decrease, e.g. `(0.5, 0.75)`: what is removed
@@ -137,7 +139,7 @@ class AdaLoraConfig(BaseModel):
     scale: Literal["target", "initial", "matched", "released"] | float = "initial"
     pace: Literal["steady", "fixed"] = "steady"
     orthogonality: Orthogonality = "decoupled"
-    orthogonality_weight: float = Field(default=0.1, ge=0)
+    orthogonality_weight: float = Field(default=10.0, ge=0)
     revival: bool = True
     compact: bool = True
     compact_at: tuple[float, ...] | None = None

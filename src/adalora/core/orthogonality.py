@@ -42,6 +42,40 @@ def released_gradient(V_krd: Tensor) -> Tensor:
     return gradient.mul_(2)
 
 
+def least_divisor(weight: float, learning_rate: float | Tensor) -> float | Tensor:
+    """What a decoupled step is divided by at least: V -= D V / c is lr·γ·∇R with c = 1 / (4·γ·lr), and c ≥ 2.
+
+    At c = 2 the step is that of Newton and Schulz, V·(3 - VᵀV)/2 for orthonormal V: deviations are squared at each
+    step. Longer ones overshoot.
+
+    Args:
+        weight: γ, at least 0.
+        learning_rate: A number, or a tensor on any device, which is not asked for its value. Infinite where it is 0.
+    """
+    size = 4 * weight * learning_rate
+    if isinstance(size, Tensor):
+        return size.float().reciprocal().clamp_min(2.0)
+    return max(1 / size, 2.0) if size else float("inf")
+
+
+def step_divisor(D_krr: Tensor, *, unit: float | Tensor, least: float | Tensor) -> Tensor:
+    """What a decoupled step D V is divided by: `least`, or more where vectors are far from orthogonal, [..., 1, 1].
+
+    With 2·‖D‖∞ as the divisor, and ‖D‖∞ at least the largest eigenvalue's size, no direction turns around or grows by
+    more than half in a step: vectors that are all but parallel come apart, whatever the rank, γ and the learning rate.
+
+    Args:
+        D_krr: Deviations from the wanted Gram matrix, in units of `unit`; symmetric.
+        unit: What stands for 1 in D.
+        least: `least_divisor`.
+    """
+    norm: Tensor = D_krr.abs().sum(dim=-1, keepdim=True).amax(dim=-2, keepdim=True)
+    norm = norm.mul_(2)
+    if isinstance(unit, Tensor):
+        return torch.maximum(norm, unit * least)
+    return norm.clamp_min_(least)
+
+
 def relative_error(V_krd: Tensor) -> Tensor:
     """How far from orthogonal, 0 to 1: root mean square of the cosines between different vectors, [k]."""
     lengths = V_krd.norm(dim=-1, keepdim=True)

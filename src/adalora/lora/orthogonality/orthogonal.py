@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adalora.core.initialization import balance
-from adalora.core.orthogonality import relative_error
+from adalora.core.orthogonality import least_divisor, relative_error, step_divisor
 from adalora.lora.layers.triplets import TripletHandle
 from adalora.lora.optimizers.batches import turn_states
 
@@ -22,14 +22,14 @@ def decoupled_step(handles: Sequence[TripletHandle], *, weight: float, learning_
     """Move P and Q towards orthogonality by lr·γ·∇R, apart from the loss, as AdamW does with weight decay.
 
     R is scale-free: Q's rows are asked for length ρ and right angles, P's columns, which carry the singular values,
-    for right angles alone. Layers of one shape go through together. A learning rate that lies on a device, as
-    optimizers inside CUDA graphs keep it, stays there.
+    for right angles alone. No step is longer than `core.orthogonality.step_divisor` allows. Layers of one shape go
+    through together. A learning rate that lies on a device, as optimizers inside CUDA graphs keep it, stays there.
     """
-    size = 4 * weight * learning_rate  # 4 from the gradient of a square
+    least = least_divisor(weight, learning_rate)
     for group in _by_length(handles, left=True):
-        _step_left([P for _, P in group], size=size)
+        _step_left([P for _, P in group], least=least)
     for group in _by_length(handles, left=False):
-        _step_right([Q for _, Q in group], [h.row_norm**2 for h, _ in group], size=size)
+        _step_right([Q for _, Q in group], [h.row_norm**2 for h, _ in group], least=least)
 
 
 def _by_length(handles: Sequence[TripletHandle], *, left: bool) -> list[list[tuple[TripletHandle, Tensor]]]:
@@ -78,23 +78,23 @@ def _parts(stack: Tensor, factors: list[Tensor]) -> list[Tensor]:
     return [row[: f.shape[0], : f.shape[1]] for row, f in zip(rows, factors)]
 
 
-def _step_left(factors: list[Tensor], *, size: float | Tensor) -> None:
-    """P -= size · P (PᵀP - diag) / max ‖P_i‖²: relative to the longest column, whatever the adapter's size."""
+def _step_left(factors: list[Tensor], *, least: float | Tensor) -> None:
+    """P -= P (PᵀP - diag) / max ‖P_i‖² / divisor: relative to the longest column, whatever the adapter's size."""
     P_kor = _stack(factors)
     gram_krr = P_kor.transpose(1, 2) @ P_kor
     lengths_kr = gram_krr.diagonal(dim1=1, dim2=2)
-    longest_k = lengths_kr.amax(dim=1).clamp_min_(torch.finfo(torch.float32).tiny)
+    longest_k11 = lengths_kr.amax(dim=1).clamp_min_(torch.finfo(torch.float32).tiny).view(-1, 1, 1)
     lengths_kr.zero_()
-    _subtract(factors, P_kor @ gram_krr.div_(longest_k.view(-1, 1, 1)), size=size)
+    _subtract(factors, P_kor @ gram_krr.div_(step_divisor(gram_krr, unit=longest_k11, least=least)))
 
 
-def _step_right(factors: list[Tensor], squared_norms: list[float], *, size: float | Tensor) -> None:
-    """Q -= size · (QQᵀ/ρ² - I) Q."""
+def _step_right(factors: list[Tensor], squared_norms: list[float], *, least: float | Tensor) -> None:
+    """Q -= (QQᵀ/ρ² - I) Q / divisor."""
     Q_kri = _stack(factors)
     gram_krr = Q_kri @ Q_kri.transpose(1, 2)
     gram_krr.div_(_numbers(tuple(squared_norms), gram_krr.device).view(-1, 1, 1))
     gram_krr.diagonal(dim1=1, dim2=2).sub_(1)
-    _subtract(factors, gram_krr @ Q_kri, size=size)
+    _subtract(factors, gram_krr.div_(step_divisor(gram_krr, unit=1.0, least=least)) @ Q_kri)
 
 
 @lru_cache(maxsize=64)
@@ -103,10 +103,8 @@ def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values).to(device, non_blocking=True)
 
 
-def _subtract(factors: list[Tensor], steps: Tensor, *, size: float | Tensor) -> None:
-    if isinstance(size, Tensor):
-        steps, size = steps.mul_(size), 1.0
-    torch._foreach_sub_(factors, _parts(steps.to(factors[0].dtype), factors), alpha=size)
+def _subtract(factors: list[Tensor], steps: Tensor) -> None:
+    torch._foreach_sub_(factors, _parts(steps.to(factors[0].dtype), factors))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adalora.core.orthogonality import released_gradient, squared_gradient
+from adalora.core.orthogonality import deviation, least_divisor, released_gradient, squared_gradient, step_divisor
 from adalora.lora.layers.groups import by_group
 from adalora.lora.layers.triplets import TripletHandle
 
@@ -58,9 +58,14 @@ def _by_shape(handles: Sequence[TripletHandle]) -> Iterator[tuple[list[nn.Parame
 
 @torch.no_grad()
 def decoupled_svd_step(handles: Sequence[TripletHandle], *, weight: float, learning_rate: float | Tensor) -> None:
-    """Move P's columns and Q's rows towards length 1 and right angles by lr·γ·∇R, apart from the loss."""
+    """Move P's columns and Q's rows towards length 1 and right angles by lr·γ·∇R, apart from the loss.
+
+    No step is longer than `core.orthogonality.step_divisor` allows.
+    """
+    least = least_divisor(weight, learning_rate)
     for parameters, V_kgrd, rows_last in _by_shape([h for h in handles if h.rank > 0]):
-        steps = squared_gradient(V_kgrd.float(), squared_norm=1.0).mul_(weight * learning_rate)
+        D_kgrr = deviation(V_kgrd, squared_norm=1.0)
+        steps = D_kgrr.div_(step_divisor(D_kgrr, unit=1.0, least=least)) @ V_kgrd
         vectors = [by_group(p.detach().flatten(1), V_kgrd.shape[1]) for p in parameters]
         vectors = [v.mT if rows_last else v for v in vectors]
         torch._foreach_sub_(vectors, list(steps.to(vectors[0].dtype).unbind()))
