@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from adalora.core.orthogonality import deviation, relative_error, released_gradient, squared_gradient
+from adalora.core.orthogonality import (
+    deviation,
+    least_divisor,
+    relative_error,
+    released_gradient,
+    squared_gradient,
+    step_divisor,
+)
 
 
 def regularizer(V, squared_norm):
@@ -60,6 +67,53 @@ def test_descent_makes_vectors_orthogonal():
         V = V - 0.02 * squared_gradient(V, squared_norm=1.0)
     assert bool((relative_error(V) < 1e-4 * start).all())
     torch.testing.assert_close(V.norm(dim=-1), torch.ones(2, 4, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def stepped(V, *, weight, learning_rate, squared_norm=1.0):
+    D = deviation(V, squared_norm=squared_norm)
+    unit = 1.0 if squared_norm else V.square().sum(dim=-1).amax(dim=-1).view(-1, 1, 1)
+    return V - (D / step_divisor(D, unit=unit, least=least_divisor(weight, learning_rate))) @ V
+
+
+def test_a_step_is_the_gradients_while_it_is_short():
+    V = torch.linalg.qr(torch.randn(3, 9, 4, dtype=torch.float64)).Q.mT + 0.03 * torch.randn(3, 4, 9)
+    expected = V - 0.01 * 2.0 * squared_gradient(V, squared_norm=1.0)
+    torch.testing.assert_close(stepped(V, weight=2.0, learning_rate=0.01), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_longest_step_squares_the_deviation():
+    """That of Newton and Schulz, V (3 - VᵀV) / 2, whatever γ and the learning rate."""
+    V = torch.linalg.qr(torch.randn(1, 9, 4, dtype=torch.float64)).Q.mT + 0.01 * torch.randn(1, 4, 9)
+    longest = stepped(V, weight=1e6, learning_rate=1.0)
+    torch.testing.assert_close(longest, V @ (3 * torch.eye(9, dtype=V.dtype) - V.mT @ V) / 2)
+    before, after = (deviation(W, squared_norm=1.0).norm() for W in (V, longest))
+    assert after < before**2
+
+
+@pytest.mark.parametrize("rank", [2, 16, 64])
+@pytest.mark.parametrize("squared_norm", [1.0, None])
+def test_parallel_vectors_come_apart_whatever_the_rate(rank, squared_norm):
+    """A step of fixed length multiplies what they share by up to 1 - (r - 1)/2 and overshoots from rank 6 on."""
+    torch.manual_seed(rank)
+    V = torch.nn.functional.normalize(torch.randn(1, 256) + 0.01 * torch.randn(rank, 256), dim=-1)[None].double()
+    sizes = []
+    for _ in range(60):
+        V = stepped(V, weight=10.0, learning_rate=0.1, squared_norm=squared_norm)
+        sizes.append(float(V.norm()))
+    assert max(sizes) < 1.5 * rank**0.5
+    assert float(relative_error(V)) < 1e-3
+
+
+def test_without_a_rate_nothing_moves():
+    V = torch.randn(2, 4, 9)
+    assert torch.equal(stepped(V, weight=10.0, learning_rate=0.0), V)
+    assert torch.equal(stepped(V, weight=10.0, learning_rate=torch.tensor(0.0)), V)
+    assert torch.equal(stepped(V, weight=0.0, learning_rate=0.1), V)
+
+
+@pytest.mark.parametrize("rate", [1e-6, 3e-3, 0.5])
+def test_a_rate_on_a_device_acts_as_a_number_does(rate):
+    assert float(least_divisor(10.0, torch.tensor(rate))) == pytest.approx(least_divisor(10.0, rate), rel=1e-6)
 
 
 def test_relative_error_by_hand():
