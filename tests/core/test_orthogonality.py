@@ -72,7 +72,7 @@ def test_descent_makes_vectors_orthogonal():
 def stepped(V, *, weight, learning_rate, squared_norm=1.0):
     D = deviation(V, squared_norm=squared_norm)
     unit = 1.0 if squared_norm else V.square().sum(dim=-1).amax(dim=-1).view(-1, 1, 1)
-    return V - (D / step_divisor(D, unit=unit, least=least_divisor(weight, learning_rate))) @ V
+    return V - (D / step_divisor(D, least=unit * least_divisor(weight, learning_rate))) @ V / 2
 
 
 def test_a_step_is_the_gradients_while_it_is_short():
@@ -97,7 +97,7 @@ def test_parallel_vectors_come_apart_whatever_the_rate(rank, squared_norm):
     torch.manual_seed(rank)
     V = torch.nn.functional.normalize(torch.randn(1, 256) + 0.01 * torch.randn(rank, 256), dim=-1)[None].double()
     sizes = []
-    for _ in range(60):
+    for _ in range(120):
         V = stepped(V, weight=10.0, learning_rate=0.1, squared_norm=squared_norm)
         sizes.append(float(V.norm()))
     assert max(sizes) < 1.5 * rank**0.5

@@ -65,7 +65,7 @@ def run(model, *, steps=24, **options):
 
 def step_of(V, *, squared_norm, size):
     """γ·lr·∇R, or as much of it as turns no direction around and lets none grow by more than half."""
-    furthest = torch.linalg.matrix_norm(deviation(V, squared_norm=squared_norm), ord=torch.inf)
+    furthest = deviation(V, squared_norm=squared_norm).norm()
     return min(size, 1 / (8 * max(1.0, float(furthest)))) * squared_gradient(V, squared_norm=squared_norm)
 
 
@@ -240,7 +240,7 @@ def test_operations_do_not_grow_with_modules_of_equal_shape(options):
                 totals[-1][kind] = max(totals[-1].get(kind, 0), counter.total)
     assert totals[0].keys() == {"decrease", "mask", "final"}
     for kind, most in totals[0].items():
-        assert totals[1][kind] <= most + 3, (kind, totals)  # a shape more may be pruned at one of the steps
+        assert totals[1][kind] <= most + 6, (kind, totals)  # one or two shapes more may have several ranks
 
 
 def _last_mask(counters):

@@ -221,7 +221,7 @@ class Oracle:
                 else:
                     found = [(left - eye, 1), (right - eye, 1)]
                 for gap, unit in found:  # no direction turns around in a step, or grows by more than half
-                    furthest = max(1.0, float(torch.linalg.matrix_norm(gap.detach(), ord=math.inf)))
+                    furthest = max(1.0, float(gap.detach().norm()))
                     size = min(lr * config.orthogonality_weight, 1 / (8 * furthest))
                     terms.append(size * gap.square().sum() * unit)
             slopes = torch.autograd.grad(sum(terms), whole)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# A step that moves nothing, as a divisor: infinity times a length of 0 would be no number.
+NO_STEP = 1e30
+
 
 def deviation(V_krd: Tensor, *, squared_norm: float | None) -> Tensor:
     """V Vᵀ minus its target Gram matrix, [k, r, r].
@@ -43,36 +46,31 @@ def released_gradient(V_krd: Tensor) -> Tensor:
 
 
 def least_divisor(weight: float, learning_rate: float | Tensor) -> float | Tensor:
-    """What a decoupled step is divided by at least: V -= D V / c is lr·γ·∇R with c = 1 / (4·γ·lr), and c ≥ 2.
+    """c in V -= D V / (2c), which is a decoupled step of lr·γ·∇R for c = 1 / (8·γ·lr), and at least 1.
 
-    At c = 2 the step is that of Newton and Schulz, V·(3 - VᵀV)/2 for orthonormal V: deviations are squared at each
-    step. Longer ones overshoot.
+    At c = 1 the step is that of Newton and Schulz, V·(3 - VᵀV)/2: deviations are squared. Longer ones overshoot.
 
     Args:
         weight: γ, at least 0.
-        learning_rate: A number, or a tensor on any device, which is not asked for its value. Infinite where it is 0.
+        learning_rate: A number, or a tensor on any device, which is not asked for its value.
     """
-    size = 4 * weight * learning_rate
-    if isinstance(size, Tensor):
-        return size.float().reciprocal().clamp_min(2.0)
-    return max(1 / size, 2.0) if size else float("inf")
+    rate = 8 * weight * learning_rate
+    if isinstance(rate, Tensor):
+        return rate.float().reciprocal().clamp(1.0, NO_STEP)
+    return min(max(1 / rate, 1.0), NO_STEP) if rate else NO_STEP
 
 
-def step_divisor(D_krr: Tensor, *, unit: float | Tensor, least: float | Tensor) -> Tensor:
-    """What a decoupled step D V is divided by: `least`, or more where vectors are far from orthogonal, [..., 1, 1].
+def step_divisor(D_krr: Tensor, *, least: float | Tensor) -> Tensor:
+    """c in V -= D V / (2c): `least`, or ‖D‖ where vectors are further from orthogonal than that, [..., 1, 1].
 
-    With 2·‖D‖∞ as the divisor, and ‖D‖∞ at least the largest eigenvalue's size, no direction turns around or grows by
-    more than half in a step: vectors that are all but parallel come apart, whatever the rank, γ and the learning rate.
+    No eigenvalue of D is larger than its Frobenius norm, so no direction turns around, or grows by more than half, in a
+    step: vectors that are all but parallel come apart, whatever the rank, γ and the learning rate.
 
     Args:
-        D_krr: Deviations from the wanted Gram matrix, in units of `unit`; symmetric.
-        unit: What stands for 1 in D.
-        least: `least_divisor`.
+        D_krr: Deviations from the wanted Gram matrix.
+        least: `least_divisor`, in D's units; a tensor broadcasts against [..., 1, 1].
     """
-    norm: Tensor = D_krr.abs().sum(dim=-1, keepdim=True).amax(dim=-2, keepdim=True)
-    norm = norm.mul_(2)
-    if isinstance(unit, Tensor):
-        return torch.maximum(norm, unit * least)
+    norm: Tensor = torch.linalg.vector_norm(D_krr, dim=(-2, -1), keepdim=True)
     return norm.clamp_min_(least)
 
 

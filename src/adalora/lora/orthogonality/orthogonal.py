@@ -29,7 +29,7 @@ def decoupled_step(handles: Sequence[TripletHandle], *, weight: float, learning_
     for group in _by_length(handles, left=True):
         _step_left([P for _, P in group], least=least)
     for group in _by_length(handles, left=False):
-        _step_right([Q for _, Q in group], [h.row_norm**2 for h, _ in group], least=least)
+        _step_right([Q for _, Q in group], [h.row_norm for h, _ in group], least=least)
 
 
 def _by_length(handles: Sequence[TripletHandle], *, left: bool) -> list[list[tuple[TripletHandle, Tensor]]]:
@@ -79,22 +79,25 @@ def _parts(stack: Tensor, factors: list[Tensor]) -> list[Tensor]:
 
 
 def _step_left(factors: list[Tensor], *, least: float | Tensor) -> None:
-    """P -= P (PᵀP - diag) / max ‖P_i‖² / divisor: relative to the longest column, whatever the adapter's size."""
+    """P -= P (PᵀP - diag) / 2c: relative to the longest column, whatever the adapter's size."""
     P_kor = _stack(factors)
-    gram_krr = P_kor.transpose(1, 2) @ P_kor
-    lengths_kr = gram_krr.diagonal(dim1=1, dim2=2)
-    longest_k11 = lengths_kr.amax(dim=1).clamp_min_(torch.finfo(torch.float32).tiny).view(-1, 1, 1)
+    D_krr = P_kor.transpose(1, 2) @ P_kor
+    lengths_kr = D_krr.diagonal(dim1=1, dim2=2)
+    longest_k = lengths_kr.amax(dim=1)
     lengths_kr.zero_()
-    _subtract(factors, P_kor @ gram_krr.div_(step_divisor(gram_krr, unit=longest_k11, least=least)))
+    least_k = torch.add(_numbers((torch.finfo(torch.float32).tiny,), longest_k.device), longest_k, alpha=least)
+    _subtract_half(factors, P_kor @ D_krr.div_(step_divisor(D_krr, least=least_k.view(-1, 1, 1))))
 
 
-def _step_right(factors: list[Tensor], squared_norms: list[float], *, least: float | Tensor) -> None:
-    """Q -= (QQᵀ/ρ² - I) Q / divisor."""
+def _step_right(factors: list[Tensor], row_norms: list[float], *, least: float | Tensor) -> None:
+    """Q -= (QQᵀ/ρ² - I) Q / 2c."""
     Q_kri = _stack(factors)
-    gram_krr = Q_kri @ Q_kri.transpose(1, 2)
-    gram_krr.div_(_numbers(tuple(squared_norms), gram_krr.device).view(-1, 1, 1))
-    gram_krr.diagonal(dim1=1, dim2=2).sub_(1)
-    _subtract(factors, gram_krr.div_(step_divisor(gram_krr, unit=1.0, least=least)) @ Q_kri)
+    unit_kri = Q_kri / _numbers(tuple(row_norms), Q_kri.device).view(-1, 1, 1)
+    D_krr = torch.baddbmm(_minus_one(Q_kri.shape[1], Q_kri.device), unit_kri, unit_kri.transpose(1, 2))
+    ranks = tuple(len(factor) for factor in factors)
+    if len(set(ranks)) > 1:
+        D_krr.mul_(_filled(ranks, Q_kri.device))
+    _subtract_half(factors, D_krr.div_(step_divisor(D_krr, least=least)) @ Q_kri)
 
 
 @lru_cache(maxsize=64)
@@ -103,8 +106,21 @@ def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values).to(device, non_blocking=True)
 
 
-def _subtract(factors: list[Tensor], steps: Tensor) -> None:
-    torch._foreach_sub_(factors, _parts(steps.to(factors[0].dtype), factors))
+@lru_cache(maxsize=64)
+def _minus_one(rank: int, device: torch.device) -> Tensor:
+    """-I, [1, r, r]."""
+    return torch.tensor([[[-float(i == j) for j in range(rank)] for i in range(rank)]]).to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=64)
+def _filled(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    """1 for the rows of a stack of factors, 0 for what fills it up, [k, r, 1]."""
+    rows = [[[float(row < rank)] for row in range(max(ranks))] for rank in ranks]
+    return torch.tensor(rows).to(device, non_blocking=True)
+
+
+def _subtract_half(factors: list[Tensor], steps: Tensor) -> None:
+    torch._foreach_sub_(factors, _parts(steps.to(factors[0].dtype), factors), alpha=0.5)
 
 
 @torch.no_grad()

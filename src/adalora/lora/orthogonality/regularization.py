@@ -65,7 +65,7 @@ def decoupled_svd_step(handles: Sequence[TripletHandle], *, weight: float, learn
     least = least_divisor(weight, learning_rate)
     for parameters, V_kgrd, rows_last in _by_shape([h for h in handles if h.rank > 0]):
         D_kgrr = deviation(V_kgrd, squared_norm=1.0)
-        steps = D_kgrr.div_(step_divisor(D_kgrr, unit=1.0, least=least)) @ V_kgrd
+        steps = D_kgrr.div_(step_divisor(D_kgrr, least=least)) @ V_kgrd
         vectors = [by_group(p.detach().flatten(1), V_kgrd.shape[1]) for p in parameters]
         vectors = [v.mT if rows_last else v for v in vectors]
-        torch._foreach_sub_(vectors, list(steps.to(vectors[0].dtype).unbind()))
+        torch._foreach_sub_(vectors, list(steps.to(vectors[0].dtype).unbind()), alpha=0.5)
