@@ -46,7 +46,7 @@ def released_gradient(V_krd: Tensor) -> Tensor:
 
 
 def least_divisor(weight: float, learning_rate: float | Tensor) -> float | Tensor:
-    """c in V -= D V / (2c), which is a decoupled step of lr·γ·∇R for c = 1 / (8·γ·lr), and at least 1.
+    """C in V -= D V / (2c), which is a decoupled step of lr·γ·∇R for c = 1 / (8·γ·lr), and at least 1.
 
     At c = 1 the step is that of Newton and Schulz, V·(3 - VᵀV)/2: deviations are squared. Longer ones overshoot.
 
@@ -61,7 +61,7 @@ def least_divisor(weight: float, learning_rate: float | Tensor) -> float | Tenso
 
 
 def step_divisor(D_krr: Tensor, *, least: float | Tensor) -> Tensor:
-    """c in V -= D V / (2c): `least`, or ‖D‖ where vectors are further from orthogonal than that, [..., 1, 1].
+    """C in V -= D V / (2c): `least`, or ‖D‖ where vectors are further from orthogonal than that, [..., 1, 1].
 
     No eigenvalue of D is larger than its Frobenius norm, so no direction turns around, or grows by more than half, in a
     step: vectors that are all but parallel come apart, whatever the rank, γ and the learning rate.

@@ -85,7 +85,11 @@ def _step_left(factors: list[Tensor], *, least: float | Tensor) -> None:
     lengths_kr = D_krr.diagonal(dim1=1, dim2=2)
     longest_k = lengths_kr.amax(dim=1)
     lengths_kr.zero_()
-    least_k = torch.add(_numbers((torch.finfo(torch.float32).tiny,), longest_k.device), longest_k, alpha=least)
+    tiny = _numbers((torch.finfo(torch.float32).tiny,), longest_k.device)
+    if isinstance(least, Tensor):
+        least_k = (longest_k * least).add_(tiny)
+    else:
+        least_k = torch.add(tiny, longest_k, alpha=least)
     _subtract_half(factors, P_kor @ D_krr.div_(step_divisor(D_krr, least=least_k.view(-1, 1, 1))))
 
 
