@@ -8,6 +8,7 @@ from adalora.core.orthogonality import (
     released_gradient,
     squared_gradient,
     step_divisor,
+    turned,
 )
 
 
@@ -69,45 +70,76 @@ def test_descent_makes_vectors_orthogonal():
     torch.testing.assert_close(V.norm(dim=-1), torch.ones(2, 4, dtype=torch.float64), rtol=1e-4, atol=0)
 
 
-def stepped(V, *, weight, learning_rate, squared_norm=1.0):
-    D = deviation(V, squared_norm=squared_norm)
-    unit = 1.0 if squared_norm else V.square().sum(dim=-1).amax(dim=-1).view(-1, 1, 1)
-    return V - (D / step_divisor(D, least=unit * least_divisor(weight, learning_rate))) @ V / 2
+def stepped(V, *, weight, learning_rate):
+    """Lengths asked for too, as with a λ of its own."""
+    D = deviation(V, squared_norm=1.0)
+    return V - D / step_divisor(D, least=least_divisor(weight, learning_rate)) @ V / 2
+
+
+def turned_by(V, *, weight, learning_rate):
+    return turned(V, least=least_divisor(weight, learning_rate))
+
+
+def near_orthonormal(deviation):
+    torch.manual_seed(0)
+    return torch.linalg.qr(torch.randn(3, 9, 4, dtype=torch.float64)).Q.mT + deviation * torch.randn(3, 4, 9).double()
 
 
 def test_a_step_is_the_gradients_while_it_is_short():
-    V = torch.linalg.qr(torch.randn(3, 9, 4, dtype=torch.float64)).Q.mT + 0.03 * torch.randn(3, 4, 9)
+    V = near_orthonormal(0.03)
     expected = V - 0.01 * 2.0 * squared_gradient(V, squared_norm=1.0)
     torch.testing.assert_close(stepped(V, weight=2.0, learning_rate=0.01), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_turning_is_the_gradient_of_the_angles_while_it_is_short():
+    """∂/∂V of Σ cos² over pairs of vectors as long as each other: what is left of R's gradient beside the vectors."""
+    V = (2.5 * torch.nn.functional.normalize(near_orthonormal(0.1), dim=-1)).requires_grad_()
+    unit = torch.nn.functional.normalize(V, dim=-1)
+    (slope,) = torch.autograd.grad(regularizer(unit, None).sum(), V)
+    moved = (turned_by(V.detach(), weight=1e-3, learning_rate=1e-3) - V.detach()) / 1e-6
+    torch.testing.assert_close(moved, -slope * 2.5**2, rtol=1e-4, atol=1e-4)
+
+
 def test_the_longest_step_squares_the_deviation():
     """That of Newton and Schulz, V (3 - VᵀV) / 2, whatever γ and the learning rate."""
-    V = torch.linalg.qr(torch.randn(1, 9, 4, dtype=torch.float64)).Q.mT + 0.01 * torch.randn(1, 4, 9)
+    V = near_orthonormal(0.01)
     longest = stepped(V, weight=1e6, learning_rate=1.0)
     torch.testing.assert_close(longest, V @ (3 * torch.eye(9, dtype=V.dtype) - V.mT @ V) / 2)
     before, after = (deviation(W, squared_norm=1.0).norm() for W in (V, longest))
     assert after < before**2
+    unit = torch.nn.functional.normalize(V, dim=-1)
+    turned_once = turned_by(unit, weight=1e6, learning_rate=1.0)
+    assert bool((relative_error(turned_once) < 4 * relative_error(unit) ** 2).all())
 
 
+@pytest.mark.parametrize("step", [stepped, turned_by])
 @pytest.mark.parametrize("rank", [2, 16, 64])
-@pytest.mark.parametrize("squared_norm", [1.0, None])
-def test_parallel_vectors_come_apart_whatever_the_rate(rank, squared_norm):
+def test_parallel_vectors_come_apart_whatever_the_rate(rank, step):
     """A step of fixed length multiplies what they share by up to 1 - (r - 1)/2 and overshoots from rank 6 on."""
     torch.manual_seed(rank)
     V = torch.nn.functional.normalize(torch.randn(1, 256) + 0.01 * torch.randn(rank, 256), dim=-1)[None].double()
     sizes = []
-    for _ in range(120):
-        V = stepped(V, weight=10.0, learning_rate=0.1, squared_norm=squared_norm)
+    for _ in range(150):
+        V = step(V, weight=10.0, learning_rate=0.1)
         sizes.append(float(V.norm()))
     assert max(sizes) < 1.5 * rank**0.5
     assert float(relative_error(V)) < 1e-3
 
 
+def test_turning_leaves_lengths_and_zeros_alone():
+    V = torch.randn(2, 4, 9) * torch.tensor([1.0, 0.0, 1e-8, 1e3])[:, None]
+    moved = turned_by(V, weight=10.0, learning_rate=0.1)
+    torch.testing.assert_close(moved.norm(dim=-1), V.norm(dim=-1), rtol=1e-5, atol=0)
+    assert bool((moved[:, 1] == 0).all())
+    torch.testing.assert_close(moved[:, 3], V[:, 3], rtol=1e-4, atol=1e-2)  # short ones do not turn long ones
+    assert torch.equal(turned_by(torch.zeros(1, 3, 5), weight=10.0, learning_rate=0.1), torch.zeros(1, 3, 5))
+
+
 def test_without_a_rate_nothing_moves():
     V = torch.randn(2, 4, 9)
-    assert torch.equal(stepped(V, weight=10.0, learning_rate=0.0), V)
-    assert torch.equal(stepped(V, weight=10.0, learning_rate=torch.tensor(0.0)), V)
+    for rate in (0.0, torch.tensor(0.0)):
+        assert torch.equal(stepped(V, weight=10.0, learning_rate=rate), V)
+        torch.testing.assert_close(turned_by(V, weight=10.0, learning_rate=rate), V, rtol=1e-6, atol=0)
     assert torch.equal(stepped(V, weight=0.0, learning_rate=0.1), V)
 
 

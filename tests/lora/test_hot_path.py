@@ -7,13 +7,14 @@ from torch import nn
 
 import adalora
 from adalora.config import AdaLoraConfig
-from adalora.core.orthogonality import deviation, relative_error, squared_gradient
+from adalora.core.orthogonality import relative_error
 from adalora.lora.layers.triplets import find_triplets
 from adalora.lora.measures.scoring import Scorer
 from adalora.lora.orthogonality.orthogonal import decoupled_step, orthogonality_error
 from adalora.lora.orthogonality.regularization import coupled_gradients, decoupled_svd_step
 from adalora.lora.ranks.masking import zero_pruned
 from benchmarks.operations import OperationCounter, count
+from tests.method.oracle import by_angles, towards_orthonormal
 
 
 class Net(nn.Module):
@@ -63,12 +64,6 @@ def run(model, *, steps=24, **options):
     return controller, counters
 
 
-def step_of(V, *, squared_norm, size):
-    """γ·lr·∇R, or as much of it as turns no direction around and lets none grow by more than half."""
-    furthest = deviation(V, squared_norm=squared_norm).norm()
-    return min(size, 1 / (8 * max(1.0, float(furthest)))) * squared_gradient(V, squared_norm=squared_norm)
-
-
 @pytest.mark.parametrize("ranks", [{}, {"up.0": 1, "up.1": 3, "down.1": 6}])
 def test_decoupled_step_is_that_of_every_module_alone(ranks):
     model = lora(3, ranks=ranks)
@@ -77,9 +72,10 @@ def test_decoupled_step_is_that_of_every_module_alone(ranks):
     for h in handles:
         P, Q = h.P_or.clone(), h.Q_ri.clone()
         if h.rank > 1:
-            unit = P / P.square().sum(dim=0).max().sqrt()
-            P -= step_of(unit.T, squared_norm=None, size=0.3 * 0.2).T * (P.norm() / unit.norm())
-            Q -= step_of(Q / h.row_norm, squared_norm=1.0, size=0.3 * 0.2) * h.row_norm
+            P, Q = (
+                by_angles(P.T.double(), rate=8 * 0.3 * 0.2).T.float(),
+                by_angles(Q.double(), rate=8 * 0.3 * 0.2).float(),
+            )
         expected.append((P, Q))
     decoupled_step(handles, weight=0.3, learning_rate=0.2)
     for h, (P, Q) in zip(handles, expected):
@@ -96,8 +92,8 @@ def test_terms_of_layers_with_a_lambda_are_those_of_every_module_alone(kind, ran
         for parameter, vectors, left in ((h.P_parameter, h.P_or.T, True), (h.Q_parameter, h.Q_ri, False)):
             V = vectors.clone().requires_grad_()
             if kind == "decoupled":
-                step = step_of(vectors, squared_norm=1.0, size=0.3 * 0.2)
-                expected[parameter] = parameter.detach() - (step.T if left != h.is_embedding else step)
+                moved = towards_orthonormal(vectors.double(), rate=8 * 0.3 * 0.2).float()
+                expected[parameter] = moved.T if left != h.is_embedding else moved
                 continue
             gap = V @ V.T - torch.eye(len(V))
             term = gap.norm() / (2 * len(handles)) if kind == "released" else gap.square().sum()

@@ -206,26 +206,17 @@ class Oracle:
         config = self.config
         if config.orthogonality != "decoupled":
             return weights
-        result = []
+        result, rate = [], 8 * lr * config.orthogonality_weight
         for m, parts in zip(self.modules, weights):
-            free = config.parametrization == "lora"  # P's columns, which carry λ, may have any length
-            if not parts or (free and m.rank < 2):
+            angles = config.parametrization == "lora"  # λ is in the lengths, which are left alone
+            if not parts or not rate or (angles and m.rank < 2):
                 result.append(parts)
                 continue
-            whole, terms = [t.clone().requires_grad_() for t in parts[:2]], []
-            for P, Q in m.by_group(whole):
-                left, right, eye = P.T @ P, Q @ Q.T, torch.eye(m.rank, dtype=torch.float64)
-                if free:
-                    longest = left.diagonal().max().detach().clamp_min(torch.finfo(torch.float32).tiny)
-                    found = [(left * (1 - eye) / longest, longest), (right / m.length**2 - eye, m.length**2)]
-                else:
-                    found = [(left - eye, 1), (right - eye, 1)]
-                for gap, unit in found:  # no direction turns around in a step, or grows by more than half
-                    furthest = max(1.0, float(gap.detach().norm()))
-                    size = min(lr * config.orthogonality_weight, 1 / (8 * furthest))
-                    terms.append(size * gap.square().sum() * unit)
-            slopes = torch.autograd.grad(sum(terms), whole)
-            result.append([(t - slope).detach() for t, slope in zip(whole, slopes)] + parts[2:])
+            moved = [t.clone() for t in parts[:2]]
+            for P, Q in m.by_group(moved):
+                for V in (P.T, Q):
+                    V.copy_(by_angles(V, rate=rate) if angles else towards_orthonormal(V, rate=rate))
+            result.append(moved + parts[2:])
         return result
 
     def scores(self, weights, *, draw=False):
@@ -324,6 +315,25 @@ def product(parts, live):
     P, Q, *rest = parts
     left = P * rest[0] if rest else P
     return left[:, live] @ Q[live]
+
+
+def towards_orthonormal(V, *, rate):
+    """A step of γR down its slope, but of a size at which no direction turns around or grows by more than half."""
+    V = V.clone().requires_grad_()
+    gap = V @ V.T - torch.eye(len(V), dtype=torch.float64)
+    (slope,) = torch.autograd.grad(gap.square().sum(), V)
+    return (V - min(rate, 1.0, 1 / float(gap.detach().norm() or 1.0)) / 8 * slope).detach()
+
+
+def by_angles(V, *, rate):
+    """The same for the angles alone, as the longest vector weighs them; then every vector as long as it was."""
+    lengths, V = V.norm(dim=1, keepdim=True), V.clone().requires_grad_()
+    longest = lengths.max() ** 2
+    gap = (V @ V.T) * (1 - torch.eye(len(V), dtype=torch.float64))
+    (slope,) = torch.autograd.grad(gap.square().sum(), V)
+    size = min(rate, 1.0, float(longest / gap.detach().norm().clamp_min(1e-300))) / 8
+    moved = (V - size * slope / longest.clamp_min(1e-300)).detach()
+    return moved * (lengths / moved.norm(dim=1, keepdim=True).clamp_min(1e-300))
 
 
 def as_singular_vectors(parts, before, live, *, length):

@@ -97,8 +97,9 @@ class AdaLoraConfig(BaseModel):
             P become longer, up to r₀/r times, so that what is left trains as a LoRA of its rank with s = α/r does.
             `"fixed"`: a step changes a layer's output less as the budget shrinks.
         orthogonality: `"decoupled"`: R(P, Q) of Eq. 4 acts once per optimizer step, apart from the loss, like
-            decoupled weight decay; `"squared"`: γ·R is part of the objective, as in Eq. 4; `"released"`: γ times the
-            mean of the unsquared norms, as in the released code; `"off"`.
+            decoupled weight decay, and on the angles alone (with `"svd"` on lengths as well); `"squared"`: γ·R is part
+            of the objective, as in Eq. 4; `"released"`: γ times the mean of the unsquared norms, as in the released
+            code; `"off"`.
         orthogonality_weight: γ of Eq. 4. The decoupled term takes deviations down by 8·lr·γ a step, and is never longer
             than a step of Newton and Schulz. With `"svd"` 0.1 by default, as in the paper: there P's columns are drawn
             to length 1 as well.

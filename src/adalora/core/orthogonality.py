@@ -48,7 +48,8 @@ def released_gradient(V_krd: Tensor) -> Tensor:
 def least_divisor(weight: float, learning_rate: float | Tensor) -> float | Tensor:
     """C in V -= D V / (2c), which is a decoupled step of lr·γ·∇R for c = 1 / (8·γ·lr), and at least 1.
 
-    At c = 1 the step is that of Newton and Schulz, V·(3 - VᵀV)/2: deviations are squared. Longer ones overshoot.
+    At c = 1 the step is that of Newton and Schulz, V·(3 - VᵀV)/2 for vectors of length 1: deviations are squared.
+    Longer ones overshoot.
 
     Args:
         weight: γ, at least 0.
@@ -72,6 +73,28 @@ def step_divisor(D_krr: Tensor, *, least: float | Tensor) -> Tensor:
     """
     norm: Tensor = torch.linalg.vector_norm(D_krr, dim=(-2, -1), keepdim=True)
     return norm.clamp_min_(least)
+
+
+def turned(V_krd: Tensor, *, least: float | Tensor) -> Tensor:
+    """Vectors turned towards right angles, each as long as it was, [k, r, d].
+
+    V -= D V / (2c) with D the products of different vectors, relative to the longest one's square: long vectors turn
+    short ones and not the other way round. Vectors of 0 stay and turn none.
+
+    Args:
+        V_krd: Vectors, one a row, fp32.
+        least: `least_divisor`.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    before_kr = torch.linalg.vector_norm(V_krd, dim=-1)  # not by the products: those may be TF32
+    D_krr = V_krd @ V_krd.transpose(-1, -2)
+    squares_kr = D_krr.diagonal(dim1=-2, dim2=-1)
+    longest_k11 = squares_kr.amax(dim=-1).clamp_min_(tiny)[..., None, None]
+    squares_kr.zero_()
+    D_krr.div_(step_divisor(D_krr, least=longest_k11 * least))
+    turned_krd = torch.add(V_krd, D_krr @ V_krd, alpha=-0.5)
+    after_kr = torch.linalg.vector_norm(turned_krd, dim=-1).clamp_min_(tiny)
+    return turned_krd.mul_(before_kr.div_(after_kr).unsqueeze(-1))
 
 
 def relative_error(V_krd: Tensor) -> Tensor:

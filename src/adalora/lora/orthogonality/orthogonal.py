@@ -4,48 +4,68 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from adalora.core.initialization import balance
-from adalora.core.orthogonality import least_divisor, relative_error, step_divisor
+from adalora.core.orthogonality import least_divisor, relative_error, turned
 from adalora.lora.layers.triplets import TripletHandle
 from adalora.lora.optimizers.batches import turn_states
 
 
 @torch.no_grad()
 def decoupled_step(handles: Sequence[TripletHandle], *, weight: float, learning_rate: float | Tensor) -> None:
-    """Move P and Q towards orthogonality by lr·γ·∇R, apart from the loss, as AdamW does with weight decay.
+    """Turn P's columns and Q's rows towards right angles by lr·γ·∇R, apart from the loss, as AdamW does weight decay.
 
-    R is scale-free: Q's rows are asked for length ρ and right angles, P's columns, which carry the singular values,
-    for right angles alone. No step is longer than `core.orthogonality.step_divisor` allows. Layers of one shape go
-    through together. A learning rate that lies on a device, as optimizers inside CUDA graphs keep it, stays there.
+    R is that of the angles alone: no vector becomes shorter or longer by it, so neither P's columns, which carry the
+    singular values, nor what the optimizer makes of Q's lengths are held back. No step is longer than
+    `core.orthogonality.step_divisor` allows. Vectors of one length go through together. A learning rate that lies on a
+    device, as optimizers inside CUDA graphs keep it, stays there.
     """
+    if not isinstance(learning_rate, Tensor) and not learning_rate:
+        return
     least = least_divisor(weight, learning_rate)
-    for group in _by_length(handles, left=True):
-        _step_left([P for _, P in group], least=least)
-    for group in _by_length(handles, left=False):
-        _step_right([Q for _, Q in group], [h.row_norm for h, _ in group], least=least)
+    for group in _by_length(handles):
+        lefts, rights = ([member.factor for member in group if member.left is left] for left in (True, False))
+        V_krd = turned(_stack([member.vectors for member in group]), least=least)
+        if lefts:
+            P_kdr = V_krd[: len(lefts)].transpose(1, 2)
+            _copy(lefts, P_kdr.contiguous() if P_kdr.is_cuda else P_kdr)  # one kernel for all of one layout
+        if rights:
+            _copy(rights, V_krd[len(lefts) :])
 
 
-def _by_length(handles: Sequence[TripletHandle], *, left: bool) -> list[list[tuple[TripletHandle, Tensor]]]:
-    """P or Q of every layer, of a convolution those of each group, together with all whose vectors have that length.
+class _Member(NamedTuple):
+    """P or Q of a layer, of a convolution that of one group."""
+
+    handle: TripletHandle
+    factor: Tensor
+    left: bool
+
+    @property
+    def vectors(self) -> Tensor:
+        """P's columns or Q's rows as rows, a view."""
+        return self.factor.T if self.left else self.factor
+
+
+def _by_length(handles: Sequence[TripletHandle]) -> list[list[_Member]]:
+    """P and Q of every layer, all whose vectors have one length together, P before Q.
 
     Whatever their ranks: few shapes, also after compaction.
     """
-    found: dict[tuple[int, torch.device, torch.dtype], list[tuple[TripletHandle, Tensor]]] = defaultdict(list)
-    for h in handles:
-        if h.removed:
-            continue
-        for factor in _factors(h, left=left):
-            rows, columns = factor.shape
-            length, rank = (rows, columns) if left else (columns, rows)
-            if rank > 1:
-                found[length, factor.device, factor.dtype].append((h, factor))
+    found: dict[tuple[int, torch.device, torch.dtype], list[_Member]] = defaultdict(list)
+    for left in (True, False):
+        for h in handles:
+            if h.removed:
+                continue
+            for factor in _factors(h, left=left):
+                rows, columns = factor.shape
+                length, rank = (rows, columns) if left else (columns, rows)
+                if rank > 1:
+                    found[length, factor.device, factor.dtype].append(_Member(h, factor, left))
     return list(found.values())
 
 
@@ -60,12 +80,13 @@ def _factors(h: TripletHandle, *, left: bool) -> Sequence[Tensor]:
 
 
 def _stack(factors: list[Tensor]) -> Tensor:
-    """Matrices of one height or width as one fp32 tensor, [k, ...], filled up with zeros."""
+    """Matrices of one height or width as one tensor, fp32 at least, [k, ...], filled up with zeros."""
     shapes = {factor.shape for factor in factors}
+    dtype = torch.promote_types(factors[0].dtype, torch.float32)
     if len(shapes) == 1:
-        return torch.stack(factors).float()
+        return torch.stack(factors).to(dtype)
     rows, columns = (max(sizes) for sizes in zip(*shapes))
-    stack = torch.zeros(len(factors), rows, columns, device=factors[0].device)
+    stack = torch.zeros(len(factors), rows, columns, dtype=dtype, device=factors[0].device)
     torch._foreach_copy_(_parts(stack, factors), factors)
     return stack
 
@@ -78,53 +99,8 @@ def _parts(stack: Tensor, factors: list[Tensor]) -> list[Tensor]:
     return [row[: f.shape[0], : f.shape[1]] for row, f in zip(rows, factors)]
 
 
-def _step_left(factors: list[Tensor], *, least: float | Tensor) -> None:
-    """P -= P (PᵀP - diag) / 2c: relative to the longest column, whatever the adapter's size."""
-    P_kor = _stack(factors)
-    D_krr = P_kor.transpose(1, 2) @ P_kor
-    lengths_kr = D_krr.diagonal(dim1=1, dim2=2)
-    longest_k = lengths_kr.amax(dim=1)
-    lengths_kr.zero_()
-    tiny = _numbers((torch.finfo(torch.float32).tiny,), longest_k.device)
-    if isinstance(least, Tensor):
-        least_k = (longest_k * least).add_(tiny)
-    else:
-        least_k = torch.add(tiny, longest_k, alpha=least)
-    _subtract_half(factors, P_kor @ D_krr.div_(step_divisor(D_krr, least=least_k.view(-1, 1, 1))))
-
-
-def _step_right(factors: list[Tensor], row_norms: list[float], *, least: float | Tensor) -> None:
-    """Q -= (QQᵀ/ρ² - I) Q / 2c."""
-    Q_kri = _stack(factors)
-    unit_kri = Q_kri / _numbers(tuple(row_norms), Q_kri.device).view(-1, 1, 1)
-    D_krr = torch.baddbmm(_minus_one(Q_kri.shape[1], Q_kri.device), unit_kri, unit_kri.transpose(1, 2))
-    ranks = tuple(len(factor) for factor in factors)
-    if len(set(ranks)) > 1:
-        D_krr.mul_(_filled(ranks, Q_kri.device))
-    _subtract_half(factors, D_krr.div_(step_divisor(D_krr, least=least)) @ Q_kri)
-
-
-@lru_cache(maxsize=64)
-def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """The same few numbers at every step: brought to the device once, fp32."""
-    return torch.tensor(values).to(device, non_blocking=True)
-
-
-@lru_cache(maxsize=64)
-def _minus_one(rank: int, device: torch.device) -> Tensor:
-    """-I, [1, r, r]."""
-    return torch.tensor([[[-float(i == j) for j in range(rank)] for i in range(rank)]]).to(device, non_blocking=True)
-
-
-@lru_cache(maxsize=64)
-def _filled(ranks: tuple[int, ...], device: torch.device) -> Tensor:
-    """1 for the rows of a stack of factors, 0 for what fills it up, [k, r, 1]."""
-    rows = [[[float(row < rank)] for row in range(max(ranks))] for rank in ranks]
-    return torch.tensor(rows).to(device, non_blocking=True)
-
-
-def _subtract_half(factors: list[Tensor], steps: Tensor) -> None:
-    torch._foreach_sub_(factors, _parts(steps.to(factors[0].dtype), factors), alpha=0.5)
+def _copy(factors: list[Tensor], stack: Tensor) -> None:
+    torch._foreach_copy_(factors, _parts(stack.to(factors[0].dtype), factors))
 
 
 @torch.no_grad()
@@ -171,13 +147,12 @@ def orthogonality_error(handles: Sequence[TripletHandle]) -> float:
     """Root mean square cosine between different live vectors, over all P and Q of rank 2 or more; 0 is orthogonal."""
     errors: list[Tensor] = []
     several: list[bool] = []
-    for left in (True, False):
-        for group in _by_length(handles, left=left):
-            # A vector of zeros counts as none: so pruned ones are left out.
-            vectors = _stack([factor.T if left else factor for _, factor in group])
-            live = _stack([h.mask.unsqueeze(1) for h, _ in group]).to(vectors.device, non_blocking=True)
-            errors.append(relative_error(vectors.mul_(live)).cpu())
-            several += [h.live_rank > 1 for h, _ in group]
+    for group in _by_length(handles):
+        # A vector of zeros counts as none: so pruned ones are left out.
+        vectors = _stack([member.vectors for member in group])
+        live = _stack([member.handle.mask.unsqueeze(1) for member in group]).to(vectors.device, non_blocking=True)
+        errors.append(relative_error(vectors.mul_(live)).cpu())
+        several += [member.handle.live_rank > 1 for member in group]
     if True not in several:
         return 0.0
     return float(torch.cat(errors)[torch.tensor(several)].square().mean().sqrt())
