@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from adalora.core.orthogonality import (
+    Lengths,
     deviation,
     least_divisor,
+    pull,
     relative_error,
     released_gradient,
     squared_gradient,
@@ -77,7 +79,8 @@ def stepped(V, *, weight, learning_rate):
 
 
 def turned_by(V, *, weight, learning_rate):
-    return turned(V, least=least_divisor(weight, learning_rate))
+    none = torch.zeros(len(V), 1, dtype=V.dtype)
+    return turned(V, least=least_divisor(weight, learning_rate), lengths=Lengths(none, none), pull=0.0)
 
 
 def near_orthonormal(deviation):
@@ -133,6 +136,21 @@ def test_turning_leaves_lengths_and_zeros_alone():
     assert bool((moved[:, 1] == 0).all())
     torch.testing.assert_close(moved[:, 3], V[:, 3], rtol=1e-4, atol=1e-2)  # short ones do not turn long ones
     assert torch.equal(turned_by(torch.zeros(1, 3, 5), weight=10.0, learning_rate=0.1), torch.zeros(1, 3, 5))
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_lengths_are_drawn_slowly_where_one_is_wanted(as_tensor):
+    """A hundredth of γ: deviations in length fall by 8·lr·γ/100 a step, those in angle by 8·lr·γ."""
+    V = (1.01 * torch.nn.functional.normalize(near_orthonormal(0.0), dim=-1)).float()
+    lengths = Lengths(torch.tensor([[-1.0], [0.0], [-1.0]]), torch.tensor([[1.0], [0.0], [1.0]]))
+    rate = torch.tensor(0.003) if as_tensor else 0.003
+    moved = turned(V, least=least_divisor(10.0, rate), lengths=lengths, pull=pull(10.0, rate))
+    expected = 1 + 0.01 * (1 - 8 * 0.003 * 10 / 100)
+    torch.testing.assert_close(moved[0].norm(dim=-1), torch.full((4,), expected), rtol=1e-6, atol=0)
+    torch.testing.assert_close(moved[1], V[1])
+    for far in (1e-3, 1e3):  # whatever the rate, from far away: nearer, and never beyond
+        sizes = turned(far * V, least=1.0, lengths=lengths, pull=pull(10.0, 1.0)).norm(dim=-1)[0] / far
+        assert bool((sizes > 1.01).all() if far < 1 else (sizes < 1.01).all())
 
 
 def test_without_a_rate_nothing_moves():

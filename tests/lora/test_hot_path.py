@@ -72,10 +72,8 @@ def test_decoupled_step_is_that_of_every_module_alone(ranks):
     for h in handles:
         P, Q = h.P_or.clone(), h.Q_ri.clone()
         if h.rank > 1:
-            P, Q = (
-                by_angles(P.T.double(), rate=8 * 0.3 * 0.2).T.float(),
-                by_angles(Q.double(), rate=8 * 0.3 * 0.2).float(),
-            )
+            P = by_angles(P.T.double(), rate=8 * 0.3 * 0.2).T.float()
+            Q = by_angles(Q.double(), rate=8 * 0.3 * 0.2, length=h.row_norm).float()
         expected.append((P, Q))
     decoupled_step(handles, weight=0.3, learning_rate=0.2)
     for h, (P, Q) in zip(handles, expected):

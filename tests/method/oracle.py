@@ -214,8 +214,8 @@ class Oracle:
                 continue
             moved = [t.clone() for t in parts[:2]]
             for P, Q in m.by_group(moved):
-                for V in (P.T, Q):
-                    V.copy_(by_angles(V, rate=rate) if angles else towards_orthonormal(V, rate=rate))
+                for V, length in ((P.T, None), (Q, m.length)):
+                    V.copy_(by_angles(V, rate=rate, length=length) if angles else towards_orthonormal(V, rate=rate))
             result.append(moved + parts[2:])
         return result
 
@@ -325,14 +325,17 @@ def towards_orthonormal(V, *, rate):
     return (V - min(rate, 1.0, 1 / float(gap.detach().norm() or 1.0)) / 8 * slope).detach()
 
 
-def by_angles(V, *, rate):
-    """The same for the angles alone, as the longest vector weighs them; then every vector as long as it was."""
+def by_angles(V, *, rate, length=None):
+    """The same for angles, as the longest vector weighs them. Then every vector is as long as it was, or, with a
+    length that is wanted, a hundredth as strongly nearer to that."""
     lengths, V = V.norm(dim=1, keepdim=True), V.clone().requires_grad_()
     longest = lengths.max() ** 2
     gap = (V @ V.T) * (1 - torch.eye(len(V), dtype=torch.float64))
     (slope,) = torch.autograd.grad(gap.square().sum(), V)
     size = min(rate, 1.0, float(longest / gap.detach().norm().clamp_min(1e-300))) / 8
     moved = (V - size * slope / longest.clamp_min(1e-300)).detach()
+    if length is not None:
+        lengths = lengths / (1 + min(0.01 * rate / 2, 0.5) * ((lengths / length) ** 2 - 1))
     return moved * (lengths / moved.norm(dim=1, keepdim=True).clamp_min(1e-300))
 
 

@@ -6,8 +6,15 @@ V = Pᵀ or V = Q, stacked [k, r, d].
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+# Of γ, for lengths: enough that Q's rows do not run away at high learning rates, little enough that they may grow.
+LENGTH_SHARE = 0.01
 
 # A step that moves nothing, as a divisor: infinity times a length of 0 would be no number.
 NO_STEP = 1e30
@@ -75,26 +82,76 @@ def step_divisor(D_krr: Tensor, *, least: float | Tensor) -> Tensor:
     return norm.clamp_min_(least)
 
 
-def turned(V_krd: Tensor, *, least: float | Tensor) -> Tensor:
-    """Vectors turned towards right angles, each as long as it was, [k, r, d].
+def pull(weight: float, learning_rate: float | Tensor) -> float | Tensor:
+    """What a decoupled step takes of a deviation in length, relative, half of that in squares; at most 1/2.
+
+    Args:
+        weight: γ, at least 0; lengths get `LENGTH_SHARE` of it.
+        learning_rate: A number, or a tensor on any device, which is not asked for its value.
+    """
+    size = 4 * LENGTH_SHARE * weight * learning_rate
+    return size.float().clamp(max=0.5) if isinstance(size, Tensor) else min(size, 0.5)
+
+
+class Lengths(NamedTuple):
+    """Which of k stacked matrices have vectors that are drawn to a length, and to which, fp32.
+
+    Attributes:
+        free: -1 where vectors are drawn to ρ, else 0, [k, 1].
+        inverse_squares: 1/ρ² there, else 0, [k, 1].
+    """
+
+    free: Tensor
+    inverse_squares: Tensor
+
+
+def turned(V_krd: Tensor, *, least: float | Tensor, lengths: Lengths, pull: float | Tensor) -> Tensor:
+    """Vectors turned towards right angles; then each as long as it was, or a little nearer to ρ, [k, r, d].
 
     V -= D V / (2c) with D the products of different vectors, relative to the longest one's square: long vectors turn
-    short ones and not the other way round. Vectors of 0 stay and turn none.
+    short ones and not the other way round. A length l that is drawn to ρ becomes l / (1 + pull·(l²/ρ² - 1)). Vectors of
+    0 stay and turn none.
 
     Args:
         V_krd: Vectors, one a row, fp32.
         least: `least_divisor`.
+        lengths: Those that are wanted.
+        pull: How strongly.
     """
-    tiny = torch.finfo(torch.float32).tiny
     before_kr = torch.linalg.vector_norm(V_krd, dim=-1)  # not by the products: those may be TF32
     D_krr = V_krd @ V_krd.transpose(-1, -2)
     squares_kr = D_krr.diagonal(dim1=-2, dim2=-1)
-    longest_k11 = squares_kr.amax(dim=-1).clamp_min_(tiny)[..., None, None]
+    longest_k = squares_kr.amax(dim=-1)
     squares_kr.zero_()
-    D_krr.div_(step_divisor(D_krr, least=longest_k11 * least))
-    turned_krd = torch.add(V_krd, D_krr @ V_krd, alpha=-0.5)
-    after_kr = torch.linalg.vector_norm(turned_krd, dim=-1).clamp_min_(tiny)
+    D_krr.div_(step_divisor(D_krr, least=_above_zero(longest_k, least)[:, None, None]))
+    with _without_autocast(V_krd.device):  # which would round the vectors themselves
+        turned_krd = torch.baddbmm(V_krd, D_krr.to(V_krd.dtype), V_krd, alpha=-0.5)
+    after_kr = torch.linalg.vector_norm(turned_krd, dim=-1).clamp_min_(torch.finfo(torch.float32).tiny)
+    excess_kr = torch.addcmul(lengths.free, lengths.inverse_squares, before_kr.square())
+    if isinstance(pull, Tensor):
+        after_kr.addcmul_(after_kr, excess_kr.mul_(pull))
+    else:
+        after_kr.addcmul_(after_kr, excess_kr, value=pull)
     return turned_krd.mul_(before_kr.div_(after_kr).unsqueeze(-1))
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _above_zero(longest_k: Tensor, least: float | Tensor) -> Tensor:
+    """`longest · least`, and above 0 where all vectors are 0: one operation where `least` is a number."""
+    tiny = _tiny(longest_k.device, longest_k.dtype)
+    if isinstance(least, Tensor):
+        return (longest_k * least).add_(tiny)
+    return torch.add(tiny, longest_k, alpha=least)
+
+
+@lru_cache(maxsize=16)
+def _tiny(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(torch.finfo(torch.float32).tiny, dtype=dtype).to(device, non_blocking=True)
 
 
 def relative_error(V_krd: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adalora.core.initialization import balance
-from adalora.core.orthogonality import least_divisor, relative_error, turned
+from adalora.core.orthogonality import Lengths, least_divisor, pull, relative_error, turned
 from adalora.lora.layers.triplets import TripletHandle
 from adalora.lora.optimizers.batches import turn_states
 
@@ -20,22 +21,36 @@ from adalora.lora.optimizers.batches import turn_states
 def decoupled_step(handles: Sequence[TripletHandle], *, weight: float, learning_rate: float | Tensor) -> None:
     """Turn P's columns and Q's rows towards right angles by lr·γ·∇R, apart from the loss, as AdamW does weight decay.
 
-    R is that of the angles alone: no vector becomes shorter or longer by it, so neither P's columns, which carry the
-    singular values, nor what the optimizer makes of Q's lengths are held back. No step is longer than
-    `core.orthogonality.step_divisor` allows. Vectors of one length go through together. A learning rate that lies on a
-    device, as optimizers inside CUDA graphs keep it, stays there.
+    No vector becomes shorter by it, so P's columns, which carry the singular values, are not held back. Q's rows are
+    drawn to the length ρ, but only so much that they do not run away (`core.orthogonality.LENGTH_SHARE`). No step is
+    longer than `core.orthogonality.step_divisor` allows. Vectors of one length go through together. A learning rate
+    that lies on a device, as optimizers inside CUDA graphs keep it, stays there.
     """
     if not isinstance(learning_rate, Tensor) and not learning_rate:
         return
-    least = least_divisor(weight, learning_rate)
+    least, drawn = least_divisor(weight, learning_rate), pull(weight, learning_rate)
     for group in _by_length(handles):
-        lefts, rights = ([member.factor for member in group if member.left is left] for left in (True, False))
-        V_krd = turned(_stack([member.vectors for member in group]), least=least)
-        if lefts:
-            P_kdr = V_krd[: len(lefts)].transpose(1, 2)
-            _copy(lefts, P_kdr.contiguous() if P_kdr.is_cuda else P_kdr)  # one kernel for all of one layout
-        if rights:
-            _copy(rights, V_krd[len(lefts) :])
+        wanted = tuple(None if member.left else member.handle.row_norm for member in group)
+        V_krd = _stack([member.vectors for member in group])
+        V_krd = turned(V_krd, least=least, lengths=_lengths(wanted, V_krd.device), pull=drawn)
+        factors = [member.factor for member in group]
+        stacks = [row.T if member.left else row for member, row in zip(group, V_krd)]
+        if not V_krd.is_cuda:
+            _copy(factors, stacks)
+            continue
+        # One kernel for all that are laid out alike.
+        lefts = sum(member.left for member in group)
+        P_kdr = V_krd[:lefts].transpose(1, 2).contiguous()
+        _copy(factors[:lefts], list(P_kdr.unbind()))
+        _copy(factors[lefts:], stacks[lefts:])
+
+
+@lru_cache(maxsize=64)
+def _lengths(wanted: tuple[float | None, ...], device: torch.device) -> Lengths:
+    """ρ for each matrix of a stack, None for any: brought to the device once."""
+    free = [[-1.0 if norm else 0.0] for norm in wanted]
+    inverse = [[1 / norm**2 if norm else 0.0] for norm in wanted]
+    return Lengths(*(torch.tensor(values).to(device, non_blocking=True) for values in (free, inverse)))
 
 
 class _Member(NamedTuple):
@@ -87,20 +102,18 @@ def _stack(factors: list[Tensor]) -> Tensor:
         return torch.stack(factors).to(dtype)
     rows, columns = (max(sizes) for sizes in zip(*shapes))
     stack = torch.zeros(len(factors), rows, columns, dtype=dtype, device=factors[0].device)
-    torch._foreach_copy_(_parts(stack, factors), factors)
+    torch._foreach_copy_(_parts(stack.unbind(), factors), factors)
     return stack
 
 
-def _parts(stack: Tensor, factors: list[Tensor]) -> list[Tensor]:
-    """Views of a stack, each of its factor's own shape."""
-    rows = list(stack.unbind())
-    if sum(map(Tensor.numel, factors)) == stack.numel():  # every factor fills its row
-        return rows
-    return [row[: f.shape[0], : f.shape[1]] for row, f in zip(rows, factors)]
+def _parts(stack: Sequence[Tensor], factors: list[Tensor]) -> list[Tensor]:
+    """Views of matrices, each of its factor's own shape."""
+    return [m if m.shape == f.shape else m[: f.shape[0], : f.shape[1]] for m, f in zip(stack, factors)]
 
 
-def _copy(factors: list[Tensor], stack: Tensor) -> None:
-    torch._foreach_copy_(factors, _parts(stack.to(factors[0].dtype), factors))
+def _copy(factors: list[Tensor], stacks: list[Tensor]) -> None:
+    if factors:
+        torch._foreach_copy_(factors, _parts(stacks, factors))
 
 
 @torch.no_grad()
