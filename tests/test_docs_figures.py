@@ -210,7 +210,9 @@ def test_sentences_on_performance_are_the_measurement():
 def test_parts_are_said_to_be_of_the_commits_that_they_are_of():
     told = {}
     for row in re.findall(
-        r"^\| (`counts`.*|`whole_run`.*|`memory`.*|`modules`.*) \| (\w+) \| (\d+) to (\d+) \|$", page("docs/performance.md"), re.M
+        r"^\| (`counts`.*|`whole_run`.*|`memory`.*|`modules`.*) \| (\w+) \| (\d+) to (\d+) \|$",
+        page("docs/performance.md"),
+        re.M,
     ):
         names, commit, low, high = row
         told |= {name: (commit, int(low), int(high)) for name in re.findall(r"`([\w.]+)`", names)}
