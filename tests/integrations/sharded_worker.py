@@ -183,14 +183,14 @@ def resumed(folder, name):
 
 
 def compacted(folder):
-    """A smaller adapter, with a layer that has left it, goes on sharded: loaded before `fully_shard`."""
+    """A smaller adapter that a layer has left, with 2 triplets for 3, goes on sharded: loaded before `fully_shard`."""
     alone = lora()
-    single = attach(alone, target_rank=1)
+    single = attach(alone, target_rank=2 / 3)
     its_optimizer = adamw(alone)
     for number in range(20):
         step(alone, its_optimizer, number, part=slice(None))
     model = lora()
-    controller = attach(model, target_rank=1)
+    controller = attach(model, target_rank=2 / 3)
     controller.load_state_dict(single.state_dict())
     shard(model)
     optimizer, its_optimizer = adamw(model), adamw(alone)
