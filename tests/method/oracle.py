@@ -322,7 +322,7 @@ def towards_orthonormal(V, *, rate):
     V = V.clone().requires_grad_()
     gap = V @ V.T - torch.eye(len(V), dtype=torch.float64)
     (slope,) = torch.autograd.grad(gap.square().sum(), V)
-    return (V - min(rate, 1.0, 1 / float(gap.detach().norm() or 1.0)) / 8 * slope).detach()
+    return (V - min(rate, 0.25, 1 / float(gap.detach().norm() or 1.0)) / 8 * slope).detach()
 
 
 def by_angles(V, *, rate, length=None):
@@ -332,7 +332,7 @@ def by_angles(V, *, rate, length=None):
     longest = lengths.max() ** 2
     gap = (V @ V.T) * (1 - torch.eye(len(V), dtype=torch.float64))
     (slope,) = torch.autograd.grad(gap.square().sum(), V)
-    size = min(rate, 1.0, float(longest / gap.detach().norm().clamp_min(1e-300))) / 8
+    size = min(rate, 0.25, float(longest / gap.detach().norm().clamp_min(1e-300))) / 8
     moved = (V - size * slope / longest.clamp_min(1e-300)).detach()
     if length is not None:
         lengths = lengths / (1 + min(0.01 * rate / 2, 0.5) * ((lengths / length) ** 2 - 1))

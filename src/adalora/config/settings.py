@@ -100,8 +100,8 @@ class AdaLoraConfig(BaseModel):
             decoupled weight decay; on angles, and with a hundredth of γ on the lengths of Q's rows; `"squared"`: γ·R is
             part of the objective, as in Eq. 4; `"released"`: γ times the mean of the unsquared norms, as in the
             released code; `"off"`.
-        orthogonality_weight: γ of Eq. 4. The decoupled term takes deviations down by 8·lr·γ a step, and is never longer
-            than a step of Newton and Schulz. With `"svd"` 0.1 by default, as in the paper: there lengths get all of it.
+        orthogonality_weight: γ of Eq. 4. The decoupled term takes deviations down by 8·lr·γ a step, and never by more
+            than a quarter. With `"svd"` 0.1 by default, as in the paper: there lengths get all of it.
         revival: Pruned triplets may return while the budget shrinks, as in the paper.
         compact: Remove pruned triplets physically when the budget has reached its target.
         compact_at: Remove them earlier too, at these fractions of the decrease, e.g. `(0.5, 0.75)`: what is removed

@@ -16,6 +16,9 @@ from torch import Tensor
 # Of γ, for lengths: enough that Q's rows do not run away at high learning rates, little enough that they may grow.
 LENGTH_SHARE = 0.01
 
+# Steps in which a deviation may go at the least: with fewer, ranks were found less exactly at high learning rates.
+SHORTEST = 4.0
+
 # A step that moves nothing, as a divisor: infinity times a length of 0 would be no number.
 NO_STEP = 1e30
 
@@ -53,10 +56,10 @@ def released_gradient(V_krd: Tensor) -> Tensor:
 
 
 def least_divisor(weight: float, learning_rate: float | Tensor) -> float | Tensor:
-    """C in V -= D V / (2c), which is a decoupled step of lr·γ·∇R for c = 1 / (8·γ·lr), and at least 1.
+    """C in V -= D V / (2c), which is a decoupled step of lr·γ·∇R for c = 1 / (8·γ·lr), and at least `SHORTEST`.
 
-    At c = 1 the step is that of Newton and Schulz, V·(3 - VᵀV)/2 for vectors of length 1: deviations are squared.
-    Longer ones overshoot.
+    c = 1 would be the step of Newton and Schulz, V·(3 - VᵀV)/2 for vectors of length 1, and longer ones overshoot. The
+    optimizer has to follow a turn, and does not at that pace.
 
     Args:
         weight: γ, at least 0.
@@ -64,8 +67,8 @@ def least_divisor(weight: float, learning_rate: float | Tensor) -> float | Tenso
     """
     rate = 8 * weight * learning_rate
     if isinstance(rate, Tensor):
-        return rate.float().reciprocal().clamp(1.0, NO_STEP)
-    return min(max(1 / rate, 1.0), NO_STEP) if rate else NO_STEP
+        return rate.float().reciprocal().clamp(SHORTEST, NO_STEP)
+    return min(max(1 / rate, SHORTEST), NO_STEP) if rate else NO_STEP
 
 
 def step_divisor(D_krr: Tensor, *, least: float | Tensor) -> Tensor:
