@@ -5,7 +5,7 @@ from adalora.core.orthogonality import (
     Lengths,
     deviation,
     least_divisor,
-    pull,
+    length_pull,
     relative_error,
     released_gradient,
     squared_gradient,
@@ -145,12 +145,12 @@ def test_lengths_are_drawn_slowly_where_one_is_wanted(as_tensor):
     V = (1.01 * torch.nn.functional.normalize(near_orthonormal(0.0), dim=-1)).float()
     lengths = Lengths(torch.tensor([[-1.0], [0.0], [-1.0]]), torch.tensor([[1.0], [0.0], [1.0]]))
     rate = torch.tensor(0.003) if as_tensor else 0.003
-    moved = turned(V, least=least_divisor(10.0, rate), lengths=lengths, pull=pull(10.0, rate))
+    moved = turned(V, least=least_divisor(10.0, rate), lengths=lengths, pull=length_pull(10.0, rate))
     expected = 1 + 0.01 * (1 - 8 * 0.003 * 10 / 100)
     torch.testing.assert_close(moved[0].norm(dim=-1), torch.full((4,), expected), rtol=1e-6, atol=0)
     torch.testing.assert_close(moved[1], V[1])
     for far in (1e-3, 1e3):  # whatever the rate, from far away: nearer, and never beyond
-        sizes = turned(far * V, least=1.0, lengths=lengths, pull=pull(10.0, 1.0)).norm(dim=-1)[0] / far
+        sizes = turned(far * V, least=1.0, lengths=lengths, pull=length_pull(10.0, 1.0)).norm(dim=-1)[0] / far
         assert bool((sizes > 1.01).all() if far < 1 else (sizes < 1.01).all())
 
 

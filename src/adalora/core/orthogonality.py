@@ -56,7 +56,7 @@ def released_gradient(V_krd: Tensor) -> Tensor:
 
 
 def least_divisor(weight: float, learning_rate: float | Tensor) -> float | Tensor:
-    """C in V -= D V / (2c), which is a decoupled step of lr·γ·∇R for c = 1 / (8·γ·lr), and at least `SHORTEST`.
+    """The c in V -= D V / (2c), which is a decoupled step of lr·γ·∇R for c = 1 / (8·γ·lr), and at least `SHORTEST`.
 
     c = 1 would be the step of Newton and Schulz, V·(3 - VᵀV)/2 for vectors of length 1, and longer ones overshoot. The
     optimizer has to follow a turn, and does not at that pace.
@@ -72,7 +72,7 @@ def least_divisor(weight: float, learning_rate: float | Tensor) -> float | Tenso
 
 
 def step_divisor(D_krr: Tensor, *, least: float | Tensor) -> Tensor:
-    """C in V -= D V / (2c): `least`, or ‖D‖ where vectors are further from orthogonal than that, [..., 1, 1].
+    """The c in V -= D V / (2c): `least`, or ‖D‖ where vectors are further from orthogonal than that, [..., 1, 1].
 
     No eigenvalue of D is larger than its Frobenius norm, so no direction turns around, or grows by more than half, in a
     step: vectors that are all but parallel come apart, whatever the rank, γ and the learning rate.
@@ -85,7 +85,7 @@ def step_divisor(D_krr: Tensor, *, least: float | Tensor) -> Tensor:
     return norm.clamp_min_(least)
 
 
-def pull(weight: float, learning_rate: float | Tensor) -> float | Tensor:
+def length_pull(weight: float, learning_rate: float | Tensor) -> float | Tensor:
     """What a decoupled step takes of a deviation in length, relative, half of that in squares; at most 1/2.
 
     Args:
@@ -100,11 +100,11 @@ class Lengths(NamedTuple):
     """Which of k stacked matrices have vectors that are drawn to a length, and to which, fp32.
 
     Attributes:
-        free: -1 where vectors are drawn to ρ, else 0, [k, 1].
+        offsets: -1 where vectors are drawn to ρ, else 0, [k, 1].
         inverse_squares: 1/ρ² there, else 0, [k, 1].
     """
 
-    free: Tensor
+    offsets: Tensor
     inverse_squares: Tensor
 
 
@@ -119,7 +119,7 @@ def turned(V_krd: Tensor, *, least: float | Tensor, lengths: Lengths, pull: floa
         V_krd: Vectors, one a row, fp32.
         least: `least_divisor`.
         lengths: Those that are wanted.
-        pull: How strongly.
+        pull: `length_pull`.
     """
     before_kr = torch.linalg.vector_norm(V_krd, dim=-1)  # not by the products: those may be TF32
     D_krr = V_krd @ V_krd.transpose(-1, -2)
@@ -130,7 +130,7 @@ def turned(V_krd: Tensor, *, least: float | Tensor, lengths: Lengths, pull: floa
     with _without_autocast(V_krd.device):  # which would round the vectors themselves
         turned_krd = torch.baddbmm(V_krd, D_krr.to(V_krd.dtype), V_krd, alpha=-0.5)
     after_kr = torch.linalg.vector_norm(turned_krd, dim=-1).clamp_min_(torch.finfo(torch.float32).tiny)
-    excess_kr = torch.addcmul(lengths.free, lengths.inverse_squares, before_kr.square())
+    excess_kr = torch.addcmul(lengths.offsets, lengths.inverse_squares, before_kr.square())
     if isinstance(pull, Tensor):
         after_kr.addcmul_(after_kr, excess_kr.mul_(pull))
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adalora.core.initialization import balance
-from adalora.core.orthogonality import Lengths, least_divisor, pull, relative_error, turned
+from adalora.core.orthogonality import Lengths, least_divisor, length_pull, relative_error, turned
 from adalora.lora.layers.triplets import TripletHandle
 from adalora.lora.optimizers.batches import turn_states
 
@@ -28,29 +28,26 @@ def decoupled_step(handles: Sequence[TripletHandle], *, weight: float, learning_
     """
     if not isinstance(learning_rate, Tensor) and not learning_rate:
         return
-    least, drawn = least_divisor(weight, learning_rate), pull(weight, learning_rate)
+    least, drawn = least_divisor(weight, learning_rate), length_pull(weight, learning_rate)
     for group in _by_length(handles):
         wanted = tuple(None if member.left else member.handle.row_norm for member in group)
         V_krd = _stack([member.vectors for member in group])
         V_krd = turned(V_krd, least=least, lengths=_lengths(wanted, V_krd.device), pull=drawn)
-        factors = [member.factor for member in group]
-        stacks = [row.T if member.left else row for member, row in zip(group, V_krd)]
-        if not V_krd.is_cuda:
-            _copy(factors, stacks)
-            continue
-        # One kernel for all that are laid out alike.
-        lefts = sum(member.left for member in group)
-        P_kdr = V_krd[:lefts].transpose(1, 2).contiguous()
-        _copy(factors[:lefts], list(P_kdr.unbind()))
-        _copy(factors[lefts:], stacks[lefts:])
+        factors, lefts = [member.factor for member in group], wanted.count(None)
+        P_kdr, Q_krd = V_krd[:lefts].transpose(1, 2), V_krd[lefts:]
+        if V_krd.is_cuda:  # one kernel for all that are laid out alike
+            _copy(factors[:lefts], P_kdr.contiguous().unbind())
+            _copy(factors[lefts:], Q_krd.unbind())
+        else:
+            _copy(factors, [*P_kdr.unbind(), *Q_krd.unbind()])
 
 
 @lru_cache(maxsize=64)
 def _lengths(wanted: tuple[float | None, ...], device: torch.device) -> Lengths:
     """ρ for each matrix of a stack, None for any: brought to the device once."""
-    free = [[-1.0 if norm else 0.0] for norm in wanted]
+    offsets = [[-1.0 if norm else 0.0] for norm in wanted]
     inverse = [[1 / norm**2 if norm else 0.0] for norm in wanted]
-    return Lengths(*(torch.tensor(values).to(device, non_blocking=True) for values in (free, inverse)))
+    return Lengths(*(torch.tensor(values).to(device, non_blocking=True) for values in (offsets, inverse)))
 
 
 class _Member(NamedTuple):
@@ -111,7 +108,7 @@ def _parts(stack: Sequence[Tensor], factors: list[Tensor]) -> list[Tensor]:
     return [m if m.shape == f.shape else m[: f.shape[0], : f.shape[1]] for m, f in zip(stack, factors)]
 
 
-def _copy(factors: list[Tensor], stacks: list[Tensor]) -> None:
+def _copy(factors: list[Tensor], stacks: Sequence[Tensor]) -> None:
     if factors:
         torch._foreach_copy_(factors, _parts(stacks, factors))
 
