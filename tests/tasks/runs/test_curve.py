@@ -97,10 +97,11 @@ def test_every_point_keeps_to_its_budget(curve):
     assert triplets == sorted(triplets)
 
 
-def test_a_tenth_is_worse_than_the_whole(curve):
-    accuracy = [p.scores["accuracy"] for p in curve.points]
-    assert accuracy[-1] > 0.8
-    assert accuracy[-1] > accuracy[0] + 0.05
+def test_a_single_triplet_is_worse_than_the_whole(run):
+    single, whole = budget_curve(run, budgets=[0.03, 1]).points
+    assert single.triplets == 1
+    assert whole.scores["accuracy"] > 0.9
+    assert whole.scores["accuracy"] > single.scores["accuracy"] + 0.05
 
 
 def test_the_order_is_the_runs_own_scores(run, curve):
