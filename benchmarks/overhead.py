@@ -9,6 +9,7 @@ Writes `results/overhead.json` and `results/overhead.png`, on a GPU `cuda.json`.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -267,6 +268,7 @@ def main(
     path = out / "overhead.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in parts or PARTS:
+        gc.collect()  # attached models of earlier parts would look at the optimizers of later ones
         results[name] = PARTS[name]()
         results[name + "_measured"] = _machine()
         _print(name, results[name])
