@@ -206,6 +206,8 @@ class Oracle:
         config = self.config
         if config.orthogonality != "decoupled":
             return weights
+        if config.parametrization == "lora" and self.step >= self.end:
+            return weights  # ranks are final: nothing is compared any more
         result, rate = [], 8 * lr * config.orthogonality_weight
         for m, parts in zip(self.modules, weights):
             angles = config.parametrization == "lora"  # λ is in the lengths, which are left alone

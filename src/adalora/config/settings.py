@@ -97,9 +97,10 @@ class AdaLoraConfig(BaseModel):
             P become longer, up to r₀/r times, so that what is left trains as a LoRA of its rank with s = α/r does.
             `"fixed"`: a step changes a layer's output less as the budget shrinks.
         orthogonality: `"decoupled"`: R(P, Q) of Eq. 4 acts once per optimizer step, apart from the loss, like
-            decoupled weight decay; on angles, and with a hundredth of γ on the lengths of Q's rows; `"squared"`: γ·R is
-            part of the objective, as in Eq. 4; `"released"`: γ times the mean of the unsquared norms, as in the
-            released code; `"off"`.
+            decoupled weight decay; on angles, and with a hundredth of γ on the lengths of Q's rows, until the final
+            phase, where triplets are no longer compared (with `"svd"` on lengths as well, to the end); `"squared"`:
+            γ·R is part of the objective, as in Eq. 4; `"released"`: γ times the mean of the unsquared norms, as in
+            the released code; `"off"`.
         orthogonality_weight: γ of Eq. 4. The decoupled term takes deviations down by 8·lr·γ a step, and never by more
             than a quarter. With `"svd"` 0.1 by default, as in the paper: there lengths get all of it.
         revival: Pruned triplets may return while the budget shrinks, as in the paper.

@@ -185,7 +185,7 @@ class RankController(FinalPhase, HistoryPlots):
 
     def _advance(self, optimizer: Optimizer) -> None:
         schedule, step = self.schedule, self.step
-        self._observation.after(optimizer, observe=self._observes)
+        self._observation.after(optimizer, observe=self._observes, fixed=schedule.phase(step) == "final")
         if self.config.handover and step == schedule.warmup_steps - 1:
             self.hand_over()
         if schedule.allocates(step):

@@ -100,3 +100,23 @@ def test_adapters_of_two_types_in_one_model(kind):
     controller.handles[-1].Q_parameter.grad.fill_(torch.inf)
     optimizer.step()
     assert controller._scorer.skipped == 1
+
+
+@pytest.mark.parametrize(("options", "to_the_end"), [({}, False), ({"parametrization": "svd"}, True)])
+def test_vectors_turn_until_the_ranks_are_final(options, to_the_end):
+    """An optimizer that moves nothing: what moves is the term's."""
+    model = lora()
+    controller = adalora.attach(model, target_rank=3, total_steps=40, orthogonality_weight=0.1, **options)
+    train(model, adamw(model), 3)
+    moved = {}
+    for step in range(3, 40):
+        phase, before = controller.phase, [p.detach().clone() for p in controller.handles[0].parameters]
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+        after = controller.handles[0].parameters
+        if not controller.schedule.allocates(step):
+            changed = any(not torch.equal(a, b) for a, b in zip(before, after))
+            moved.setdefault(phase, []).append(changed)
+    assert set(moved["warmup"]) == {True}
+    assert set(moved["final"]) == {to_the_end}

@@ -63,8 +63,8 @@ class Observation:
                 parameter.grad = term.clone() if parameter.grad is None else parameter.grad.add_(term)
                 self._added.append((parameter, term))
 
-    def after(self, optimizer: Optimizer, *, observe: bool) -> None:
-        """The weights have moved."""
+    def after(self, optimizer: Optimizer, *, observe: bool, fixed: bool = False) -> None:
+        """The weights have moved; `fixed`: and the ranks will not change any more."""
         if observe and self.config.score_weights == "after":
             if self.config.score_gradient == "task":
                 scale = loss_scale(optimizer)
@@ -73,8 +73,11 @@ class Observation:
                         parameter.grad.sub_(term, alpha=1 / scale)
             self.scorer.observe()  # torch's fused optimizers leave the gradients unscaled behind
         self._added.clear()
+        angles = self.config.parametrization == "lora"
+        if angles and fixed:
+            return  # no triplet is compared with another any more, and a turn changes P·Q
         if self.config.orthogonality == "decoupled" and self.config.orthogonality_weight:
-            step_apart = decoupled_step if self.config.parametrization == "lora" else decoupled_svd_step
+            step_apart = decoupled_step if angles else decoupled_svd_step
             step_apart(
                 self._live,
                 weight=self.config.orthogonality_weight,
