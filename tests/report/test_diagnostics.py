@@ -95,11 +95,18 @@ def test_thresholds_decide(code, strict, loose):
 
 
 def test_messages_name_the_numbers():
-    found = {f["code"]: f["message"] for f in diagnose(run(final=0.04, dead_modules=(3,), orthogonality=0.6))}
+    history = run(final=0.04, dead_modules=(3,), orthogonality=0.6)
+    found = {f["code"]: f["message"] for f in diagnose(history)}
     assert "16 of 400 steps (4.0%; wanted: 10%)" in found["final-phase-too-short"]
     assert "1 of 36 modules never got a gradient" in found["no-gradient"]
     assert "encoder.layer.0.attention.output.dense" in found["no-gradient"]
-    assert "cosine of 0.60" in found["orthogonality-not-reached"]
+    assert f"cosine of {history.last('allocation')['orthogonality']:.2f}" in found["orthogonality-not-reached"]
+
+
+def test_vectors_may_turn_towards_each_other_once_the_ranks_are_final():
+    history = run()
+    history.last("finish")["orthogonality"] = 0.9
+    assert codes(history) == []
 
 
 def test_the_loss_must_not_recover():

@@ -38,6 +38,7 @@ class Diagnostics:
         self._losses: dict[int, float] = {}
         self._threshold_share: float | None = None
         self._loss_checked = self._size_checked = False
+        self._angles: float | None = None
 
     def update(self, record: Record) -> list[Finding]:
         """Take one record.
@@ -57,7 +58,7 @@ class Diagnostics:
             "start": (self._final_share,),
             "step": (self._loss,),
             "handover": (self._update_size,),
-            "allocation": (self._update_size, self._revivals, self._gradients, self._balance),
+            "allocation": (self._update_size, self._revivals, self._gradients, self._balance, self._note_angles),
             "finish": (self._final_steps, self._loss_at_end, self._balance, self._orthogonality),
         }
         found = []
@@ -170,14 +171,18 @@ class Diagnostics:
                 f"{zeros} of {len(ranks)} modules have rank 0 ({zeros / len(ranks):.0%})",
             )
 
+    def _note_angles(self, record: Record) -> Iterable[tuple[str, str]]:
+        self._angles = record.get("orthogonality")
+        return ()
+
     def _orthogonality(self, record: Record) -> Iterable[tuple[str, str]]:
-        error = record.get("orthogonality")
+        error = self._angles  # scores are compared at allocations; in the final phase nothing need hold vectors apart
         if record["step"] < self._start["warmup_steps"]:
             return  # plain LoRA still, cut to its target
         if error is not None and error > self.thresholds.orthogonality:
             yield (
                 "orthogonality-not-reached",
-                f"the vectors of a module have a root mean square cosine of {error:.2f} at the end "
+                f"the vectors of a module have a root mean square cosine of {error:.2f} at the last allocation "
                 f"(limit: {self.thresholds.orthogonality})",
             )
 
