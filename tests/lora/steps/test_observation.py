@@ -120,3 +120,12 @@ def test_vectors_turn_until_the_ranks_are_final(options, to_the_end):
             moved.setdefault(phase, []).append(changed)
     assert set(moved["warmup"]) == {True}
     assert set(moved["final"]) == {to_the_end}
+
+
+def test_at_a_learning_rate_of_zero_nothing_turns():
+    """The first step of most learning-rate warm-ups."""
+    model = lora()
+    controller = adalora.attach(model, target_rank=3, total_steps=40)
+    before = [p.detach().clone() for h in controller.handles for p in h.parameters]
+    train(model, adamw(model, lr=0.0), 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, (p for h in controller.handles for p in h.parameters)))

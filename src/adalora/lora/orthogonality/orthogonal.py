@@ -35,11 +35,10 @@ def decoupled_step(handles: Sequence[TripletHandle], *, weight: float, learning_
         V_krd = turned(V_krd, least=least, lengths=_lengths(wanted, V_krd.device), pull=drawn)
         factors, lefts = [member.factor for member in group], wanted.count(None)
         P_kdr, Q_krd = V_krd[:lefts].transpose(1, 2), V_krd[lefts:]
-        if V_krd.is_cuda:  # one kernel for all that are laid out alike
-            _copy(factors[:lefts], P_kdr.contiguous().unbind())
-            _copy(factors[lefts:], Q_krd.unbind())
-        else:
-            _copy(factors, [*P_kdr.unbind(), *Q_krd.unbind()])
+        if V_krd.is_cuda:  # pragma: no cover - a GPU's: one kernel for all that are laid out alike
+            P_kdr = P_kdr.contiguous()
+        written = _parts([*P_kdr.unbind(), *Q_krd.unbind()], factors)
+        torch._foreach_copy_(factors, written)
 
 
 @lru_cache(maxsize=64)
@@ -106,11 +105,6 @@ def _stack(factors: list[Tensor]) -> Tensor:
 def _parts(stack: Sequence[Tensor], factors: list[Tensor]) -> list[Tensor]:
     """Views of matrices, each of its factor's own shape."""
     return [m if m.shape == f.shape else m[: f.shape[0], : f.shape[1]] for m, f in zip(stack, factors)]
-
-
-def _copy(factors: list[Tensor], stacks: Sequence[Tensor]) -> None:
-    if factors:
-        torch._foreach_copy_(factors, _parts(stacks, factors))
 
 
 @torch.no_grad()
