@@ -73,11 +73,10 @@ class Observation:
                         parameter.grad.sub_(term, alpha=1 / scale)
             self.scorer.observe()  # torch's fused optimizers leave the gradients unscaled behind
         self._added.clear()
-        angles = self.config.parametrization == "lora"
-        if angles and fixed:
-            return  # no triplet is compared with another any more, and a turn changes P·Q
-        if self.config.orthogonality == "decoupled" and self.config.orthogonality_weight:
-            step_apart = decoupled_step if angles else decoupled_svd_step
+        svd = self.config.parametrization == "svd"
+        acts = svd or not fixed  # then no triplet is compared with another any more, and a turn changes P·Q
+        if acts and self.config.orthogonality == "decoupled" and self.config.orthogonality_weight:
+            step_apart = decoupled_svd_step if svd else decoupled_step
             step_apart(
                 self._live,
                 weight=self.config.orthogonality_weight,
