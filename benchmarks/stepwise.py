@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adalora.core.importance import SmoothedImportance
-from adalora.lora.orthogonality.orthogonal import decoupled_step, hand_over
+from adalora.lora.orthogonality.orthogonal import Groups, decoupled_step, hand_over
 from benchmarks.measuring import peak_bytes, quartiles
 from benchmarks.models import MINILM, Training, training
 from benchmarks.operations import count
@@ -121,11 +121,11 @@ class _Stacks:
 def orthogonality() -> dict[str, Any]:
     """The term's closed form for 36 modules: one after the other, and a length at a time."""
     handles = training("ours", MINILM, steps=1000).controller.handles
-    options = {"weight": 0.1, "learning_rate": 1e-9}
+    groups, options = Groups(handles), {"weight": 0.1, "learning_rate": 1e-9}
     return _timed_and_counted(
         {
-            "one by one": lambda: [decoupled_step([h], **options) for h in handles],
-            "together": lambda: decoupled_step(handles, **options),
+            "one by one": lambda: [decoupled_step(Groups([h]), **options) for h in handles],
+            "together": lambda: decoupled_step(groups, **options),
         }
     )
 

@@ -10,7 +10,7 @@ from adalora.config import AdaLoraConfig
 from adalora.core.orthogonality import relative_error
 from adalora.lora.layers.triplets import find_triplets
 from adalora.lora.measures.scoring import Scorer
-from adalora.lora.orthogonality.orthogonal import decoupled_step, orthogonality_error
+from adalora.lora.orthogonality.orthogonal import Groups, decoupled_step, orthogonality_error
 from adalora.lora.orthogonality.regularization import coupled_gradients, decoupled_svd_step
 from adalora.lora.ranks.masking import zero_pruned
 from benchmarks.operations import OperationCounter, count
@@ -75,7 +75,7 @@ def test_decoupled_step_is_that_of_every_module_alone(ranks):
             P = by_angles(P.T.double(), rate=8 * 0.3 * 0.2).T.float()
             Q = by_angles(Q.double(), rate=8 * 0.3 * 0.2, length=h.row_norm).float()
         expected.append((P, Q))
-    decoupled_step(handles, weight=0.3, learning_rate=0.2)
+    decoupled_step(Groups(handles), weight=0.3, learning_rate=0.2)
     for h, (P, Q) in zip(handles, expected):
         torch.testing.assert_close(h.P_or, P, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(h.Q_ri, Q, rtol=1e-5, atol=1e-6)
@@ -204,7 +204,7 @@ def test_ordinary_steps_ask_the_device_nothing():
     with torch.no_grad():
         scorer.observe()
         scorer.observe()
-        decoupled_step(handles, weight=0.1, learning_rate=0.1)
+        decoupled_step(Groups(handles), weight=0.1, learning_rate=0.1)
         zero_pruned(handles)
     with pytest.raises(RuntimeError, match="meta"):
         _ = scorer.skipped

@@ -79,7 +79,7 @@ class AdaptiveLinear(Linear):
             return _STOCK_FORWARD(self, x, *args, **kwargs)
         modules = own["_modules"]
         A = modules["lora_A"]._modules.get(name)
-        if A is None or x.dtype != A.weight.dtype:  # PEFT knows whether to cast it
+        if A is None or x.dtype != _weight(A).dtype:  # PEFT knows whether to cast it
             return _STOCK_FORWARD(self, x)
         base = modules["base_layer"]
         # What its call does where nobody has put a hook.
@@ -142,7 +142,7 @@ def linear_forward(
         P_or,
         scale=scale,
         lambda_r=lambda_r,
-        dropout=dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
+        dropout=dropout.p if type(dropout) is not nn.Identity and dropout.training else 0.0,
         weight_oi=_frozen_weight(base, x) if plain and not autocast else None,
         in_place=plain,
     )
@@ -169,15 +169,21 @@ def _eager() -> bool:
 
 def _fusable(dropout: Any, operands: list[Tensor], result: Tensor) -> bool:
     """Whether `fused_lora` computes what the modules, which are plain, would."""
-    x, dtype = operands[0], operands[0].dtype
-    for t in operands[1:]:
+    x, dtype, kind = operands[0], operands[0].dtype, type(dropout)
+    for t in operands:
         if t.dtype != dtype or type(t) not in _TENSORS:
             return False
     return (
-        (type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p < 1))
-        and (result.dtype == dtype or torch.promote_types(result.dtype, dtype) == dtype)
+        (kind is nn.Identity or (kind is nn.Dropout and dropout.p < 1))
         and type(x) is type(result) is Tensor
+        and (result.dtype == dtype or torch.promote_types(result.dtype, dtype) == dtype)
     )
+
+
+def _weight(layer: Any) -> Tensor:
+    """A layer's weight, past nn.Module's own look-up where it is a parameter."""
+    found: Tensor | None = layer._parameters.get("weight")
+    return layer.weight if found is None else found
 
 
 def _hooked_everywhere() -> bool:

@@ -80,7 +80,7 @@ class _FusedLora(torch.autograd.Function):
         if dropout > 0:
             rows_ni, mask_ni, forward_scale, mask_scale = _drop(rows_ni, dropout)
             scale *= forward_scale
-        h_rn = torch.mm(Q_ri, rows_ni.T)
+        h_rn = torch.mm(Q_ri, rows_ni.t())
         ctx.save_for_backward(x, mask_ni, h_rn, Q_ri, P_or, lambda_r, weight_oi)
         ctx.settings = scale, mask_scale, base.dtype
         if lambda_r is not None:
@@ -88,10 +88,10 @@ class _FusedLora(torch.autograd.Function):
         if base.dtype != x.dtype:
             base, in_place = base.to(x.dtype), True
         if not (in_place and base.is_contiguous()):
-            rows_no = torch.addmm(base.reshape(-1, base.shape[-1]), h_rn.T, P_or.T, alpha=scale)
+            rows_no = torch.addmm(base.reshape(-1, base.shape[-1]), h_rn.t(), P_or.t(), alpha=scale)
             return rows_no.view(base.shape).detach()  # the next layer may change it in place: no view of rows_no
         out = base.detach()  # the same memory, and no view either
-        out.view(-1, out.shape[-1]).addmm_(h_rn.T, P_or.T, alpha=scale)
+        out.view(-1, out.shape[-1]).addmm_(h_rn.t(), P_or.t(), alpha=scale)
         return out
 
     @staticmethod
@@ -112,6 +112,8 @@ _apply = cast(Any, super(torch.autograd.Function, _FusedLora)).apply
 
 def under_autocast(tensor: Tensor) -> bool:
     """Whether autocast is on for the tensor's device; `meta` knows none."""
+    if not torch._C._is_any_autocast_enabled():  # every layer asks: the tensor's device takes longer to read
+        return False
     device = tensor.device.type
     return device != "meta" and torch.is_autocast_enabled(device)
 
@@ -121,15 +123,15 @@ def _gradients(ctx: Any, grad: Tensor) -> Gradients:
     x, mask, h_rn, Q_ri, P_or, lambda_r, weight_oi = ctx.saved_tensors
     scale, mask_scale, base_dtype = ctx.settings
     for_x, for_base, for_Q, for_P, for_lambda = ctx.needs_input_grad[:5]
-    grad_no, P_ro = grad.reshape(-1, grad.shape[-1]), P_or.T
+    grad_no, P_ro = grad.reshape(-1, grad.shape[-1]), P_or.t()
     grad_x = grad_Q = grad_P = grad_lambda = None
     if for_P or for_lambda:
-        grad_P = torch.addmm(P_ro, h_rn, grad_no, beta=0, alpha=scale).T
+        grad_P = torch.addmm(P_ro, h_rn, grad_no, beta=0, alpha=scale).t()
     if lambda_r is not None and grad_P is not None:
         grad_lambda = (grad_P * P_or).sum(dim=0) if for_lambda else None
         grad_P = grad_P.mul_(lambda_r) if for_P else None
     if for_Q or for_x:
-        grad_rn = torch.addmm(h_rn, P_ro, grad_no.T, beta=0, alpha=scale * mask_scale)
+        grad_rn = torch.addmm(h_rn, P_ro, grad_no.t(), beta=0, alpha=scale * mask_scale)
         if lambda_r is not None:
             grad_rn.mul_(lambda_r.unsqueeze(1))
     if for_Q:
@@ -137,12 +139,12 @@ def _gradients(ctx: Any, grad: Tensor) -> Gradients:
         grad_Q = torch.mm(grad_rn, rows_ni if mask is None else rows_ni * mask)
     if for_x:
         if weight_oi is None:
-            grad_x = torch.mm(grad_rn.T, Q_ri)
+            grad_x = torch.mm(grad_rn.t(), Q_ri)
             grad_x = grad_x if mask is None else grad_x.mul_(mask)
         elif mask is None:
-            grad_x = torch.mm(grad_no, weight_oi).addmm_(grad_rn.T, Q_ri)
+            grad_x = torch.mm(grad_no, weight_oi).addmm_(grad_rn.t(), Q_ri)
         else:
-            grad_x = torch.mm(grad_no, weight_oi).addcmul_(torch.mm(grad_rn.T, Q_ri), mask)
+            grad_x = torch.mm(grad_no, weight_oi).addcmul_(torch.mm(grad_rn.t(), Q_ri), mask)
         grad_x = grad_x.view(x.shape)
     grad_base = grad.to(base_dtype) if for_base else None
     return grad_x, grad_base, grad_Q, grad_P, grad_lambda, None, None, None, None

@@ -64,7 +64,13 @@ class TripletHandle:
     def __post_init__(self) -> None:
         # Embedding layers keep their factors transposed and as bare parameters.
         self.is_embedding: bool = self.adapter in self.layer.lora_embedding_A
+        # By adapter; every step looks into them, so past nn.Module's own look-up, which is slow.
+        modules = self.layer._modules
+        self._P_of: Any = self.layer.lora_embedding_A if self.is_embedding else modules["lora_B"]._modules
+        self._Q_of: Any = self.layer.lora_embedding_B if self.is_embedding else modules["lora_A"]._modules
         self.groups = groups_of(self.layer, self.adapter)
+        # Its parameters are P and Q as they are: a Linear's.
+        self.is_matrix = not self.is_embedding and self.P_parameter.dim() == self.Q_parameter.dim() == 2
         self.mask = torch.ones(self.rank, dtype=torch.bool)
         self.d_out, self.d_in = self.P_or.shape[0], self.Q_gri.shape[2]
         self.measure_rows()
@@ -76,27 +82,23 @@ class TripletHandle:
     @property
     def removed(self) -> bool:
         """The adapter was taken off this layer: its last triplet has been pruned and compacted."""
-        if self.is_embedding:
-            return self.adapter not in self.layer.lora_embedding_A
-        return self.adapter not in self.layer._modules["lora_A"]._modules
+        return self.adapter not in self._Q_of
 
     @property
     def P_parameter(self) -> nn.Parameter:
         """The parameter behind P."""
         if self.whole:
             return self.whole["P"]
-        if self.is_embedding:
-            return cast(nn.Parameter, self.layer.lora_embedding_A[self.adapter])
-        return _weight(self.layer._modules["lora_B"]._modules[self.adapter])
+        found: Any = self._P_of[self.adapter]
+        return cast(nn.Parameter, found) if self.is_embedding else _weight(found)
 
     @property
     def Q_parameter(self) -> nn.Parameter:
         """The parameter behind Q."""
         if self.whole:
             return self.whole["Q"]
-        if self.is_embedding:
-            return cast(nn.Parameter, self.layer.lora_embedding_B[self.adapter])
-        return _weight(self.layer._modules["lora_A"]._modules[self.adapter])
+        found: Any = self._Q_of[self.adapter]
+        return cast(nn.Parameter, found) if self.is_embedding else _weight(found)
 
     @property
     def lambda_parameter(self) -> nn.Parameter | None:
@@ -263,9 +265,9 @@ class TripletHandle:
 
 
 def _weight(module: Any) -> nn.Parameter:
-    """A module's weight, past nn.Module's slow look-up: every step asks for all of them."""
-    found = module._parameters.get("weight")
-    return cast(nn.Parameter, module.weight if found is None else found)
+    """A module's weight: every step asks for all of them."""
+    found: nn.Parameter | None = module._parameters.get("weight")
+    return module.weight if found is None else found
 
 
 def _dense(parameter: nn.Parameter) -> nn.Parameter:

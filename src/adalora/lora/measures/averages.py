@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ StepWeights: TypeAlias = dict[torch.device, tuple[Tensor, Tensor]]
 
 
 class _Averages(ABC):
-    """Layers of one shape.
+    """Layers of one shape; `look` and `observe` once a step.
 
     Attributes:
         members: Numbers of the layers among all of the adapter, in the order of the stack's rows.
@@ -30,11 +30,29 @@ class _Averages(ABC):
     def __init__(self, *, means: bool) -> None:
         self.members: list[int] = []
         self.means = means
+        self._gradients: Tensor | None = None
+
+    def look(self) -> Tensor | None:
+        """Take note of the gradients there are, as one stack, [k, ...]; None where there are none.
+
+        A layer without a gradient is left out and keeps what it had: an unused module, or an expert without tokens.
+        """
+        parameters = [self._parameter(h) for h in self.handles]
+        gradients = [p.grad for p in parameters]
+        self._present = [k for k, gradient in enumerate(gradients) if gradient is not None]
+        found = [gradient for gradient in gradients if gradient is not None]
+        self._gradients = torch.stack(self._matrices(found)) if found else None
+        self._weights = [parameters[k] for k in self._present]
+        return self._gradients
+
+    def _matrices(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What is shaped like the parameters of the layers that are present, as matrices."""
+        if self._plain:
+            return list(tensors)
+        return [self._view(self.handles[k], tensor) for k, tensor in zip(self._present, tensors)]
 
     def observe(self, *, beta1: float, beta2: float, unscale: float, weights: StepWeights) -> None:
-        """Take in weights and gradients as they are; a layer without a gradient keeps what it had.
-
-        That may be an unused module, or an expert without tokens.
+        """Take in the gradients that `look` saw, with the weights as they are now.
 
         Args:
             beta1: β1 of Eq. 10.
@@ -42,14 +60,11 @@ class _Averages(ABC):
             unscale: What every gradient is multiplied with.
             weights: From `step_weights`, for each device.
         """
-        parameters = [self._parameter(h) for h in self.handles]
-        found = [(k, gradient) for k, gradient in enumerate(p.grad for p in parameters) if gradient is not None]
-        if not found:
+        gradients, self._gradients = self._gradients, None
+        if gradients is None:
             return
-        present = [k for k, _ in found]
-        handles = [self.handles[k] for k in present]
-        factors = torch.stack([self._view(h, parameters[k]) for k, h in zip(present, handles)])
-        gradients = torch.stack([self._view(h, own) for h, (_, own) in zip(handles, found)])
+        present, handles = self._present, [self.handles[k] for k in self._present]
+        factors = torch.stack(self._matrices(self._weights))
         for average, product in self._products(factors, _unscaled(gradients, unscale), handles, unscale):
             if self.means and average is self.factors:
                 product = product.abs_().mean(dim=self.entries_dim)
@@ -58,6 +73,7 @@ class _Averages(ABC):
     def start(self, handles: list[TripletHandle]) -> None:
         """Averages of zero for the layers that `members` counts."""
         self.handles = handles
+        self._plain = all(h.is_matrix for h in handles)
         factor = self._view(handles[0], self._parameter(handles[0]))
         stack = factor.expand(len(handles), -1, -1)
         self.factors = SmoothedImportance.zeros_like(stack.select(self.entries_dim, 0) if self.means else stack)

@@ -120,22 +120,28 @@ class Scorer:
         if not self.needs_averages:
             return
         self.observed += 1
-        found = [p.grad for h in self.handles for p in h.parameters if p.numel()]
-        gradients = [gradient for gradient in found if gradient is not None]
+        if not self._left:
+            self._build()
+        stacks = [*self._left.values(), *self._right.values()]
+        gradients = [gradient for gradient in (stack.look() for stack in stacks) if gradient is not None]
+        gradients += self._of_lambda()
         if not gradients:
             self._skip(1)
             return
-        if not self._left:
-            self._build()
         finite = all_finite(gradients)
         self._skip((~finite).int())
         betas = {"beta1": self.config.sensitivity_beta, "beta2": self.config.uncertainty_beta}
         devices = {gradient.device for gradient in gradients}
         weights = {device: step_weights(finite.to(device, non_blocking=True), **betas) for device in devices}
-        for left in self._left.values():
-            left.observe(weights=weights, unscale=1 / loss_scale, **betas)
-        for right in self._right.values():
-            right.observe(weights=weights, unscale=1 / loss_scale, **betas)
+        for stack in stacks:
+            stack.observe(weights=weights, unscale=1 / loss_scale, **betas)
+
+    def _of_lambda(self) -> list[Tensor]:
+        """Gradients of λ where it is a parameter."""
+        if self.config.parametrization != "svd":
+            return []
+        found = [h.lambda_parameter for h in self.handles if not h.removed]
+        return [p.grad for p in found if p is not None and p.grad is not None and p.numel()]
 
     def scores(self) -> Tensor:
         """S for every triplet of every layer, layer after layer, [n], on the CPU."""

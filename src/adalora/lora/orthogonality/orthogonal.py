@@ -17,8 +17,32 @@ from adalora.lora.layers.triplets import TripletHandle
 from adalora.lora.optimizers.batches import turn_states
 
 
+class Groups:
+    """P and Q of an adapter's layers, all whose vectors have one length together, P before Q.
+
+    Whatever their ranks: few shapes, also after compaction. Found once, and anew whenever a parameter is another one or
+    has another shape, type or place.
+    """
+
+    def __init__(self, handles: Sequence[TripletHandle]) -> None:
+        self._handles = handles
+        self._seen: list[Any] | None = None
+        self._found: list[_Group] = []
+
+    def now(self) -> list[_Group]:
+        """The groups as they are."""
+        live = [h for h in self._handles if not h.removed]
+        parameters = [h.P_parameter for h in live] + [h.Q_parameter for h in live]
+        seen = [(id(p), p.shape, p.dtype, p.device, p.is_contiguous()) for p in parameters]
+        if seen != self._seen:
+            self._found = _by_length(live)
+            # A view would go stale when its parameter gets other memory; a Linear's parameters are taken themselves.
+            self._seen = seen if all(_is_matrix(h) for h in live) else None
+        return self._found
+
+
 @torch.no_grad()
-def decoupled_step(handles: Sequence[TripletHandle], *, weight: float, learning_rate: float | Tensor) -> None:
+def decoupled_step(groups: Groups, *, weight: float, learning_rate: float | Tensor) -> None:
     """Turn P's columns and Q's rows towards right angles by lr·γ·∇R, apart from the loss, as AdamW does weight decay.
 
     No vector becomes shorter by it, so P's columns, which carry the singular values, are not held back. Q's rows are
@@ -29,16 +53,14 @@ def decoupled_step(handles: Sequence[TripletHandle], *, weight: float, learning_
     if not isinstance(learning_rate, Tensor) and not learning_rate:
         return
     least, drawn = least_divisor(weight, learning_rate), length_pull(weight, learning_rate)
-    for group in _by_length(handles):
-        wanted = tuple(None if member.left else member.handle.row_norm for member in group)
-        V_krd = _stack([member.vectors for member in group])
-        V_krd = turned(V_krd, least=least, lengths=_lengths(wanted, V_krd.device), pull=drawn)
-        factors, lefts = [member.factor for member in group], wanted.count(None)
-        P_kdr, Q_krd = V_krd[:lefts].transpose(1, 2), V_krd[lefts:]
+    for group in groups.now():
+        V_krd = _stack(group.vectors, alike=group.alike)
+        V_krd = turned(V_krd, least=least, lengths=_lengths(group.wanted, V_krd.device), pull=drawn)
+        P_kdr, Q_krd = V_krd[: group.lefts].transpose(1, 2), V_krd[group.lefts :]
         if V_krd.is_cuda:  # pragma: no cover - a GPU's: one kernel for all that are laid out alike
             P_kdr = P_kdr.contiguous()
-        written = _parts([*P_kdr.unbind(), *Q_krd.unbind()], factors)
-        torch._foreach_copy_(factors, written)
+        written = [*P_kdr.unbind(), *Q_krd.unbind()]
+        torch._foreach_copy_(group.factors, written if group.alike else _parts(written, group.factors))
 
 
 @lru_cache(maxsize=64)
@@ -49,54 +71,68 @@ def _lengths(wanted: tuple[float | None, ...], device: torch.device) -> Lengths:
     return Lengths(*(torch.tensor(values).to(device, non_blocking=True) for values in (offsets, inverse)))
 
 
-class _Member(NamedTuple):
-    """P or Q of a layer, of a convolution that of one group."""
+class _Group(NamedTuple):
+    """Factors whose vectors have one length; of a convolution the factor of one group."""
 
-    handle: TripletHandle
-    factor: Tensor
-    left: bool
+    handles: list[TripletHandle]
+    factors: list[Tensor]
+    lefts: int  # so many are P
+    alike: bool  # all have one rank
 
     @property
-    def vectors(self) -> Tensor:
-        """P's columns or Q's rows as rows, a view."""
-        return self.factor.T if self.left else self.factor
+    def wanted(self) -> tuple[float | None, ...]:
+        """The length that each one's vectors are drawn to."""
+        return (None,) * self.lefts + tuple([h.row_norm for h in self.handles[self.lefts :]])
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """P's columns and Q's rows as rows, views."""
+        return [P.T for P in self.factors[: self.lefts]] + self.factors[self.lefts :]
 
 
-def _by_length(handles: Sequence[TripletHandle]) -> list[list[_Member]]:
-    """P and Q of every layer, all whose vectors have one length together, P before Q.
-
-    Whatever their ranks: few shapes, also after compaction.
-    """
-    found: dict[tuple[int, torch.device, torch.dtype], list[_Member]] = defaultdict(list)
+def _by_length(handles: Sequence[TripletHandle]) -> list[_Group]:
+    """What `Groups` keeps, for layers that are in the adapter."""
+    found: dict[tuple[int, torch.device, torch.dtype], list[tuple[TripletHandle, Tensor, bool]]] = defaultdict(list)
     for left in (True, False):
         for h in handles:
-            if h.removed:
-                continue
             for factor in _factors(h, left=left):
-                rows, columns = factor.shape
-                length, rank = (rows, columns) if left else (columns, rows)
+                length, rank = factor.shape if left else reversed(factor.shape)
                 if rank > 1:
-                    found[length, factor.device, factor.dtype].append(_Member(h, factor, left))
-    return list(found.values())
+                    found[length, factor.device, factor.dtype].append((h, factor, left))
+    return [_group(members) for members in found.values()]
+
+
+def _group(members: list[tuple[TripletHandle, Tensor, bool]]) -> _Group:
+    handles, factors = [h for h, _, _ in members], [factor for _, factor, _ in members]
+    ranks = {factor.shape[1 if left else 0] for _, factor, left in members}
+    return _Group(handles, factors, sum(left for _, _, left in members), alike=len(ranks) == 1)
+
+
+def _is_matrix(h: TripletHandle) -> bool:
+    """Whether the layer's parameters are P and Q, row by row."""
+    return h.is_matrix and h.P_parameter.is_contiguous() and h.Q_parameter.is_contiguous()
 
 
 def _factors(h: TripletHandle, *, left: bool) -> Sequence[Tensor]:
-    """P or Q of a layer, of each group. Every step comes here, so a Linear's parameter is taken itself: no view."""
+    """P or Q of a layer, of each group; a Linear's parameter is taken itself: no view."""
     if h.groups > 1:
         return (h.P_gor if left else h.Q_gri).unbind()
-    parameter = h.P_parameter if left else h.Q_parameter
-    if parameter.dim() == 2 and not h.is_embedding and parameter.is_contiguous():
-        return (parameter,)
+    if _is_matrix(h):
+        return (h.P_parameter if left else h.Q_parameter,)
     return (h.P_or if left else h.Q_ri,)
 
 
-def _stack(factors: list[Tensor]) -> Tensor:
-    """Matrices of one height or width as one tensor, fp32 at least, [k, ...], filled up with zeros."""
-    shapes = {factor.shape for factor in factors}
+def _stack(factors: list[Tensor], *, alike: bool) -> Tensor:
+    """Matrices of one height or width as one tensor, fp32 at least, [k, ...], filled up with zeros.
+
+    Args:
+        factors: The matrices.
+        alike: They have one shape.
+    """
     dtype = torch.promote_types(factors[0].dtype, torch.float32)
-    if len(shapes) == 1:
+    if alike:
         return torch.stack(factors).to(dtype)
-    rows, columns = (max(sizes) for sizes in zip(*shapes))
+    rows, columns = (max(sizes) for sizes in zip(*(factor.shape for factor in factors)))
     stack = torch.zeros(len(factors), rows, columns, dtype=dtype, device=factors[0].device)
     torch._foreach_copy_(_parts(stack.unbind(), factors), factors)
     return stack
@@ -151,12 +187,13 @@ def orthogonality_error(handles: Sequence[TripletHandle]) -> float:
     """Root mean square cosine between different live vectors, over all P and Q of rank 2 or more; 0 is orthogonal."""
     errors: list[Tensor] = []
     several: list[bool] = []
-    for group in _by_length(handles):
+    for group in _by_length([h for h in handles if not h.removed]):
         # A vector of zeros counts as none: so pruned ones are left out.
-        vectors = _stack([member.vectors for member in group])
-        live = _stack([member.handle.mask.unsqueeze(1) for member in group]).to(vectors.device, non_blocking=True)
+        vectors = _stack(group.vectors, alike=group.alike)
+        masks = [h.mask.unsqueeze(1) for h in group.handles]
+        live = _stack(masks, alike=group.alike).to(vectors.device, non_blocking=True)
         errors.append(relative_error(vectors.mul_(live)).cpu())
-        several += [member.handle.live_rank > 1 for member in group]
+        several += [h.live_rank > 1 for h in group.handles]
     if True not in several:
         return 0.0
     return float(torch.cat(errors)[torch.tensor(several)].square().mean().sqrt())

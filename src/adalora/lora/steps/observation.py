@@ -13,7 +13,7 @@ from adalora.errors import AdaLoraWarning
 from adalora.lora.layers.triplets import TripletHandle
 from adalora.lora.measures.scoring import Scorer
 from adalora.lora.optimizers.seen import loss_scale
-from adalora.lora.orthogonality.orthogonal import decoupled_step
+from adalora.lora.orthogonality.orthogonal import Groups, decoupled_step
 from adalora.lora.orthogonality.regularization import coupled_gradients, decoupled_svd_step
 
 SKIPPED_SHARE = 0.1  # of all steps with a score: above it, and from `SKIPPED_STEPS` on, skipped steps are worth a word
@@ -27,6 +27,7 @@ class Observation:
         self.handles = handles
         self.config = config
         self.scorer = scorer
+        self._groups = Groups(handles)
         self._added: list[tuple[nn.Parameter, Tensor]] = []
         self._warned = False
 
@@ -76,12 +77,11 @@ class Observation:
         svd = self.config.parametrization == "svd"
         acts = svd or not fixed  # then no triplet is compared with another any more, and a turn changes P·Q
         if acts and self.config.orthogonality == "decoupled" and self.config.orthogonality_weight:
-            step_apart = decoupled_svd_step if svd else decoupled_step
-            step_apart(
-                self._live,
-                weight=self.config.orthogonality_weight,
-                learning_rate=optimizer.param_groups[0]["lr"],  # a number, or a tensor: that one is not asked
-            )
+            rate = optimizer.param_groups[0]["lr"]  # a number, or a tensor: that one is not asked
+            if svd:
+                decoupled_svd_step(self._live, weight=self.config.orthogonality_weight, learning_rate=rate)
+            else:
+                decoupled_step(self._groups, weight=self.config.orthogonality_weight, learning_rate=rate)
 
     def warn_if_skipped(self) -> None:
         """Warn once if the scores rest on too few of the steps."""
