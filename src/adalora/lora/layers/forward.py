@@ -49,7 +49,8 @@ class TripletVariant(LoraVariant):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Base output plus the adapter's part, same shape as `result`."""
-        return linear_forward(module, active_adapter, x, result, scale=module.scaling[active_adapter])
+        scale, frozen = module.scaling[active_adapter], kwargs.get("frozen")
+        return linear_forward(module, active_adapter, x, result, scale=scale, frozen=frozen)
 
 
 _STOCK_FORWARD = Linear.forward
@@ -79,15 +80,22 @@ class AdaptiveLinear(Linear):
             return _STOCK_FORWARD(self, x, *args, **kwargs)
         modules = own["_modules"]
         A = modules["lora_A"]._modules.get(name)
-        if A is None or x.dtype != _weight(A).dtype:  # PEFT knows whether to cast it
+        if A is None:
             return _STOCK_FORWARD(self, x)
-        base = modules["base_layer"]
+        cast = _autocast_dtype(x)  # what all products are made in
+        if x.dtype != _weight(A).dtype and x.dtype != cast:  # PEFT knows whether to cast it
+            return _STOCK_FORWARD(self, x)
+        base, frozen = modules["base_layer"], None
         # What its call does where nobody has put a hook.
         if _is_plain(base) and not _hooked_everywhere():
-            result = functional.linear(x, base._parameters["weight"], base._parameters["bias"])
+            weight, bias = base._parameters["weight"], base._parameters["bias"]
+            if cast is not None:  # once for both parts
+                x, weight, bias = x.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
+            result = functional.linear(x, weight, bias)
+            frozen = _frozen(weight, bias)
         else:
             result = base(x)
-        out: Tensor = variant.forward(self, name, x, result)
+        out: Tensor = variant.forward(self, name, x, result, frozen=frozen)
         return out if out.dtype == result.dtype else out.to(result.dtype)
 
     def _get_name(self) -> str:
@@ -101,7 +109,14 @@ def shorten(layer: Any) -> None:
 
 
 def linear_forward(
-    module: Any, adapter: str, x: Tensor, result: Tensor, *, scale: float, weights: Tensor | None = None
+    module: Any,
+    adapter: str,
+    x: Tensor,
+    result: Tensor,
+    *,
+    scale: float,
+    weights: Tensor | None = None,
+    frozen: Tensor | None = None,
 ) -> Tensor:
     """Result + s·(dropout(x) Qᵀ ∘ λ) Pᵀ of a Linear layer, fused where that is certain to be the same.
 
@@ -112,6 +127,7 @@ def linear_forward(
         result: The layer's output so far, [..., d_out].
         scale: s.
         weights: λ, [r], where it is a parameter of its own.
+        frozen: The base weight that `result` was made of, in x's type, where nothing in it is trained.
     """
     modules = module._modules  # past nn.Module's own look-up, which is several times slower; so below
     A, B = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
@@ -122,9 +138,9 @@ def linear_forward(
     operands = [x, A._parameters["weight"], B._parameters["weight"]]
     if weights is not None:
         operands.append(weights)
-    autocast = under_autocast(x)
-    if autocast and x.dtype != torch.float64:
-        operands = [t.to(torch.get_autocast_dtype(x.device.type)) for t in operands]
+    cast_to = _autocast_dtype(x)
+    if cast_to is not None:
+        operands = [t.to(cast_to) for t in operands]
     if not _fusable(dropout, operands, result):
         return _by_modules(A, B, dropout, x, result, scale=scale, weights=weights, live=live)
     rows, Q_ri, P_or = operands[:3]
@@ -135,6 +151,9 @@ def linear_forward(
         P_or = P_or * live
     base = modules["base_layer"]
     plain = _is_plain(base) and _is_first(module, adapter)
+    if plain and frozen is None and cast_to is None:
+        frozen = _frozen(base._parameters["weight"], base._parameters["bias"])
+        frozen = frozen if frozen is None or frozen.dtype == x.dtype else None
     return fused_lora(
         rows,
         result,
@@ -143,7 +162,7 @@ def linear_forward(
         scale=scale,
         lambda_r=lambda_r,
         dropout=dropout.p if type(dropout) is not nn.Identity and dropout.training else 0.0,
-        weight_oi=_frozen_weight(base, x) if plain and not autocast else None,
+        weight_oi=frozen if plain else None,
         in_place=plain,
     )
 
@@ -218,9 +237,15 @@ def _is_first(module: Any, adapter: str) -> bool:
     return next((name for name in module.active_adapters if name in module.lora_A), None) == adapter
 
 
-def _frozen_weight(base: nn.Linear, x: Tensor) -> Tensor | None:
-    """The base weight, if the layer trains nothing and worked on x as it is."""
-    weight, bias = base._parameters["weight"], base._parameters["bias"]
+def _frozen(weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """The base layer's weight, if the layer trains nothing."""
     if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
-    return weight if weight.dtype == x.dtype else None
+    return weight
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What products of x are made in under autocast; None without it, and for float64, which it leaves alone."""
+    if not under_autocast(x) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(x.device.type)

@@ -125,7 +125,9 @@ def _gradients(ctx: Any, grad: Tensor) -> Gradients:
     for_x, for_base, for_Q, for_P, for_lambda = ctx.needs_input_grad[:5]
     grad_no, P_ro = grad.reshape(-1, grad.shape[-1]), P_or.t()
     grad_x = grad_Q = grad_P = grad_lambda = None
-    if for_P or for_lambda:
+    if (for_P or for_lambda) and grad.is_cuda:  # pragma: no cover - a GPU's: it lies as P does, and is not copied
+        grad_P = torch.addmm(P_or, grad_no.t(), h_rn.t(), beta=0, alpha=scale)
+    elif for_P or for_lambda:
         grad_P = torch.addmm(P_ro, h_rn, grad_no, beta=0, alpha=scale).t()
     if lambda_r is not None and grad_P is not None:
         grad_lambda = (grad_P * P_or).sum(dim=0) if for_lambda else None

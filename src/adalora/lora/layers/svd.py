@@ -25,7 +25,9 @@ class SvdLinear(TripletVariant):
         """Base output plus the adapter's part, same shape as `result`."""
         scale = module.scaling[active_adapter] * module.lora_gain[active_adapter]
         weights = module.lora_lambda[active_adapter]
-        return linear_forward(module, active_adapter, x, result, scale=scale, weights=weights)
+        return linear_forward(
+            module, active_adapter, x, result, scale=scale, weights=weights, frozen=kwargs.get("frozen")
+        )
 
 
 class SvdConv(TripletVariant):
