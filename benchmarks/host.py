@@ -25,19 +25,24 @@ PHASES: dict[str, dict[str, Any]] = {
     "decrease": {"steps": LONG, "warmup": 1, "allocation_interval": 10_000},
     "final": {"steps": 25},
 }
+CASES: dict[str, dict[str, Any]] = {
+    "dropout 0.0": {"dropout": 0.0},
+    "dropout 0.1": {"dropout": 0.1},
+    "bf16 autocast": {"autocast": torch.bfloat16},
+}
 PARTS = ("forward", "backward", "optimizer and controller")
 
 
 def host(*, turns: int = 150) -> dict[str, Any]:
     """Processor time of a step relative to LoRA's, phase by phase, and of its parts in milliseconds; medians."""
     return {
-        f"dropout {dropout}": {phase: _against_lora(phase, dropout=dropout, turns=turns) for phase in PHASES}
-        for dropout in (0.0, 0.1)
+        name: {phase: _against_lora(phase, turns=turns, **options) for phase in PHASES}
+        for name, options in CASES.items()
     }
 
 
-def _against_lora(phase: str, *, dropout: float, turns: int) -> dict[str, Any]:
-    runs = {"lora": _training("lora", dropout=dropout), "ours": _training("ours", dropout=dropout, **PHASES[phase])}
+def _against_lora(phase: str, *, turns: int, **options: Any) -> dict[str, Any]:
+    runs = {"lora": _training("lora", **options), "ours": _training("ours", **options, **PHASES[phase])}
     controller = runs["ours"].controller
     runs["ours"].skip_to(phase)
     seconds: dict[str, list[list[float]]] = {name: [] for name in runs}
@@ -56,8 +61,8 @@ def _against_lora(phase: str, *, dropout: float, turns: int) -> dict[str, Any]:
     return found
 
 
-def _training(method: str, *, dropout: float, **options: Any) -> Training:
-    run = training(method, NARROW, dropout=dropout, **options)
+def _training(method: str, **options: Any) -> Training:
+    run = training(method, NARROW, **options)
     trained = [p for p in run.model.parameters() if p.requires_grad]
     run.optimizer = torch.optim.AdamW(trained, lr=1e-3, foreach=True)
     return run
@@ -67,7 +72,8 @@ def _step(run: Training) -> list[float]:
     """Seconds of processor time of the parts of one step."""
     losses: list[Any] = []
     inputs = batch(run.shape, 0, run.device)
-    forward = _seconds(lambda: losses.append(run.model(**inputs).loss))
+    with torch.autocast(run.device.type, dtype=run.autocast, enabled=run.autocast is not None):
+        forward = _seconds(lambda: losses.append(run.model(**inputs).loss))
     backward = _seconds(lambda: losses.pop().backward())
     update = _seconds(run.optimizer.step)
     run.optimizer.zero_grad()

@@ -44,6 +44,8 @@ def counts() -> dict[str, Any]:
     tiny = replace(MINILM, **SMALL)
     found: dict[str, Any] = {"MiniLM": {method: operations(method, tiny) for method in METHODS}}
     found["MiniLM, dropout 0.1"] = {method: operations(method, tiny, dropout=0.1) for method in ("lora", "ours")}
+    half = {"autocast": torch.bfloat16}
+    found["MiniLM, bf16 autocast"] = {method: operations(method, tiny, **half) for method in ("lora", "ours")}
     found["MiniLM, svd"] = {"ours": operations("ours", tiny, parametrization="svd")}
     for shape in (replace(BERT_BASE, hidden=96, intermediate=192, **SMALL), LLAMA_1B_NARROW):
         found[shape.name] = {method: operations(method, shape) for method in METHODS}

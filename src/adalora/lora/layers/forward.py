@@ -80,10 +80,8 @@ class AdaptiveLinear(Linear):
             return _STOCK_FORWARD(self, x, *args, **kwargs)
         modules = own["_modules"]
         A = modules["lora_A"]._modules.get(name)
-        if A is None:
-            return _STOCK_FORWARD(self, x)
         cast = _autocast_dtype(x)  # what all products are made in
-        if x.dtype != _weight(A).dtype and x.dtype != cast:  # PEFT knows whether to cast it
+        if A is None or x.dtype not in (_weight(A).dtype, cast):  # PEFT knows whether to cast it
             return _STOCK_FORWARD(self, x)
         base, frozen = modules["base_layer"], None
         # What its call does where nobody has put a hook.
