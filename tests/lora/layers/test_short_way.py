@@ -161,3 +161,42 @@ def test_a_layer_that_has_left_the_adapter_goes_peft_s_way(stock_calls):
     del layer.lora_variant["default"]
     same(plain, attached, inputs())
     assert stock_calls == [layer]
+
+
+@pytest.mark.parametrize("parametrization", ["lora", "svd"])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_autocast_casts_once_for_both_parts(stock_calls, given, parametrization):
+    """Weights in fp32, inputs as LayerNorm (fp32) or a product (bf16) leaves them."""
+    models = pair(dtype=torch.float32, parametrization=parametrization)
+    layers = [model.base_model.model.first for model in models]
+    results = []
+    for layer in layers:
+        x = inputs(given).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = layer(x)
+        out.float().square().sum().backward()
+        results.append((out, x.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad))
+    (out, *grads), (own, *own_grads) = results
+    assert own.dtype == out.dtype
+    torch.testing.assert_close(own, out, rtol=2e-2, atol=2e-2)
+    assert [g.dtype for g in own_grads] == [g.dtype for g in grads]
+    if parametrization == "lora":  # else P stands for another factor
+        for grad, own_grad in zip(grads, own_grads, strict=True):
+            torch.testing.assert_close(own_grad, grad, rtol=3e-2, atol=3e-2 * float(grad.abs().max()))
+    assert not stock_calls
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_autocast_trains_the_base_layer_where_that_is_asked_for(stock_calls, trained):
+    models = pair(dtype=torch.float32)
+    grads = []
+    for model in models:
+        layer = model.base_model.model.first
+        parameter = getattr(layer.base_layer, trained).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = layer(inputs(torch.float32))
+        out.float().square().sum().backward()
+        grads.append(parameter.grad)
+    assert grads[1].dtype == torch.float32
+    torch.testing.assert_close(grads[1], grads[0], rtol=3e-2, atol=3e-2 * float(grads[0].abs().max()))
+    assert not stock_calls
