@@ -125,6 +125,8 @@ class TrainingPart(Part):
         eval_batch_size: Rows per device in evaluation; by default four times `batch_size`.
         gradient_accumulation: Batches per optimizer step.
         learning_rate: Peak learning rate.
+        head_learning_rate: Of modules that are trained whole: a new head, and those of `lora.modules_to_save`. By
+            default `learning_rate`; a new head often bears ten times that, and learns the faster.
         weight_decay: Of AdamW.
         lr_schedule: Shape of the learning rate after its warm-up.
         lr_warmup: Learning-rate warm-up: a fraction of the run below 1, or a number of steps.
@@ -154,6 +156,7 @@ class TrainingPart(Part):
     eval_batch_size: int | None = Field(default=None, ge=1)
     gradient_accumulation: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
+    head_learning_rate: float | None = Field(default=None, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     lr_schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     lr_warmup: float = Field(default=0.06, ge=0)

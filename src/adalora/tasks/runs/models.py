@@ -17,6 +17,7 @@ from adalora.errors import RecipeError
 from adalora.tasks.kinds.base import Task
 from adalora.tasks.recipe.fields import ModelPart, Recipe
 from adalora.tasks.recipe.problems import suggest
+from adalora.tasks.runs.head import mark_whole
 
 # Heads that PEFT adds to modules_to_save by itself, by its task type.
 PEFT_SAVES: dict[str | None, tuple[str, ...]] = {
@@ -60,6 +61,7 @@ def load_base(recipe: Recipe, task: Task, processor: Any) -> tuple[Any, list[str
         model = prepare(model, use_gradient_checkpointing=False)  # the Trainer switches that on
     if recipe.training.gradient_checkpointing:
         model.config.use_cache = False
+    mark_whole(model, whole_modules(recipe, model, fresh))
     return model, fresh
 
 

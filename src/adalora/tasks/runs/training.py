@@ -13,6 +13,7 @@ from adalora.errors import DataError, RecipeError
 from adalora.tasks.data.rows import Splits
 from adalora.tasks.kinds.base import Task
 from adalora.tasks.recipe.fields import Recipe, TrainingPart
+from adalora.tasks.runs.head import RecipeTrainer, check_rate
 from adalora.tasks.runs.outputs import WORK
 from adalora.tasks.runs.streams import Endless
 
@@ -22,12 +23,13 @@ def make_trainer(recipe: Recipe, task: Task, *, model: Any, processor: Any, spli
 
     Raises:
         DataError: Evaluation during training is wanted, and there is no validation split.
+        RecipeError: The head is to have a learning rate of its own, and there is none.
     """
     evaluates = recipe.training.evaluate_every is not None
     if evaluates and splits.validation is None:
         raise DataError("training.evaluate_every needs a validation split: set data.validation_fraction=0.1")
     train = task.features(splits.train, processor)
-    trainer = Trainer(
+    trainer = RecipeTrainer(
         model=model,
         args=training_arguments(recipe, task),
         train_dataset=Endless(train) if recipe.data.streaming else train,
@@ -38,6 +40,7 @@ def make_trainer(recipe: Recipe, task: Task, *, model: Any, processor: Any, spli
         compute_metrics=task.metrics(),
         preprocess_logits_for_metrics=task.reduce_outputs(),
     )
+    trainer.head_learning_rate = check_rate(recipe.training.head_learning_rate, model)
     trainer.model_accepts_loss_kwargs = task.loss_per_token and _counts_items(model)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
