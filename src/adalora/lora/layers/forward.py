@@ -87,8 +87,8 @@ class AdaptiveLinear(Linear):
         # What its call does where nobody has put a hook.
         if _is_plain(base) and not _hooked_everywhere():
             weight, bias = base._parameters["weight"], base._parameters["bias"]
-            if cast is not None:  # once for both parts
-                x, weight, bias = x.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
+            if cast is not None:  # once for both parts; autocast itself casts the bias
+                x, weight = x.to(cast), weight.to(cast)
             result = functional.linear(x, weight, bias)
             frozen = _frozen(weight, bias)
         else:
