@@ -50,7 +50,7 @@ def test_every_figure_is_on_the_page():
 
 
 def test_every_suite_s_rows_are_on_the_page():
-    others = {"unfinished", "recipes", "orthogonality-forms"}  # told elsewhere, or not yet
+    others = {"unfinished", "recipes", "orthogonality-forms", "head-rates"}  # told elsewhere, or not yet
     assert {path.stem for path in RESULTS.glob("*.jsonl")} - others == set(parts())
 
 
