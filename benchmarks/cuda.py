@@ -22,7 +22,7 @@ import typer
 
 from benchmarks import pages
 from benchmarks.measuring import quartiles
-from benchmarks.models import BERT_BASE, FINAL, METHODS, MINILM, WARMUP, Shape, Training, training
+from benchmarks.models import BERT_BASE, FINAL, METHODS, MINILM, WARMUP, Shape, Training, let_step, training
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -137,7 +137,7 @@ def step_times(shape: Shape, *, methods: Sequence[str], steps: int, turn: int, *
     for start in range(0, steps, turn):
         names = list(runs)
         for name in names[start // turn % len(names) :] + names[: start // turn % len(names)]:
-            _let_step(runs, name)
+            let_step(runs, name)
             seconds[name].append(_turn(runs[name], range(start, start + turn)))
     return {
         phase: {
@@ -147,13 +147,6 @@ def step_times(shape: Shape, *, methods: Sequence[str], steps: int, turn: int, *
         for phase, (start, end) in phase_turns(steps, turn).items()
         if (n := end - start) > 1
     }
-
-
-def _let_step(runs: dict[str, Training], name: str) -> None:
-    """Keep our hook from looking at the steps of the other methods, which would be charged to them."""
-    for other, run in runs.items():
-        if run.controller is not None:
-            run.controller.finished = other != name
 
 
 def phase_turns(steps: int, turn: int) -> dict[str, tuple[int, int]]:

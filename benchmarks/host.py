@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.measuring import ratios
-from benchmarks.models import MINILM, Training, batch, training
+from benchmarks.models import MINILM, Training, batch, let_step, training
 
 NARROW = replace(MINILM, hidden=48, intermediate=96, batch=1, length=4)
 LONG = 100_000  # steps of a run that stays in its phase; as few records as in a real one
@@ -43,14 +43,13 @@ def host(*, turns: int = 150) -> dict[str, Any]:
 
 def _against_lora(phase: str, *, turns: int, **options: Any) -> dict[str, Any]:
     runs = {"lora": _training("lora", **options), "ours": _training("ours", **options, **PHASES[phase])}
-    controller = runs["ours"].controller
     runs["ours"].skip_to(phase)
     seconds: dict[str, list[list[float]]] = {name: [] for name in runs}
     for turn in range(turns):
         for name in sorted(runs, reverse=turn % 2 == 0):
-            controller.finished = name == "lora"  # LoRA's steps are those of a process without us
+            let_step(runs, name)
             seconds[name].append(_step(runs[name]))
-    del runs, controller
+    del runs
     gc.collect()  # attached models of earlier phases would look at the optimizers of later ones
     warm = {name: own[10:] for name, own in seconds.items()}
     found: dict[str, Any] = ratios({name: [sum(parts) for parts in own] for name, own in warm.items()})["ours"]
@@ -72,8 +71,7 @@ def _step(run: Training) -> list[float]:
     """Seconds of processor time of the parts of one step."""
     losses: list[Any] = []
     inputs = batch(run.shape, 0, run.device)
-    with torch.autocast(run.device.type, dtype=run.autocast, enabled=run.autocast is not None):
-        forward = _seconds(lambda: losses.append(run.model(**inputs).loss))
+    forward = _seconds(lambda: losses.append(run.loss(inputs)))
     backward = _seconds(lambda: losses.pop().backward())
     update = _seconds(run.optimizer.step)
     run.optimizer.zero_grad()

@@ -113,13 +113,14 @@ class Training:
 
     def gradients(self, step: int) -> None:
         """Forward and backward."""
-        inputs = batch(self.shape, step, self.device)
+        self.loss(batch(self.shape, step, self.device)).backward()
+
+    def loss(self, inputs: dict[str, Any]) -> Any:
+        """Forward alone."""
         if self.autocast is None:
-            loss = self.model(**inputs).loss
-        else:
-            with torch.autocast(self.device.type, dtype=self.autocast):
-                loss = self.model(**inputs).loss
-        loss.backward()
+            return self.model(**inputs).loss
+        with torch.autocast(self.device.type, dtype=self.autocast):
+            return self.model(**inputs).loss
 
     def step(self, step: int) -> None:
         """A whole training step."""
@@ -136,6 +137,13 @@ class Training:
             or (phase == "final" and self.controller.schedule.allocates(self.controller.step))
         ):
             small.step(0)
+
+
+def let_step(runs: dict[str, Training], name: str) -> None:
+    """Keep our hook from looking at the steps of another method, `name`, which would be charged to it."""
+    for other, run in runs.items():
+        if run.controller is not None:
+            run.controller.finished = other != name
 
 
 def training(

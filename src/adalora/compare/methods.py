@@ -18,7 +18,8 @@ from adalora.errors import RecipeError
 from adalora.tasks.data.rows import Splits
 from adalora.tasks.kinds.base import Task
 from adalora.tasks.recipe.fields import Recipe
-from adalora.tasks.runs.models import load_base, lora_config, whole_modules
+from adalora.tasks.runs.head import marked_modules, whole_parameters
+from adalora.tasks.runs.models import load_base, lora_config, trainable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,6 @@ class MethodRun:
     def __init__(self, kind: str, *, rank: int) -> None:
         self.kind = kind
         self.rank = rank
-        self._whole: list[str] = []
 
     def build(self, recipe: Recipe, task: Task, processor: Any, splits: Splits) -> Any:
         """Base model with what the method trains.
@@ -130,7 +130,6 @@ class MethodRun:
             RecipeError: The method cannot be used on this model or data; says why.
         """
         model, fresh = load_base(recipe, task, processor)
-        self._whole = whole_modules(recipe, model, fresh)
         config = lora_config(recipe, task, model, fresh)
         if self.kind == "peft-adalora":
             return get_peft_model(model, _peft_adalora(recipe, config, rank=self.rank))
@@ -145,8 +144,8 @@ class MethodRun:
             inject(model, "houlsby" if self.kind == "houlsby" else "pfeiffer", budget=budget)
         elif self.kind != "full":
             self._choose(model)
-        for name in self._whole:
-            model.get_submodule(name).requires_grad_(True)
+        for module in marked_modules(model):
+            module.requires_grad_(True)
         return model
 
     def callbacks(self, model: Any) -> Sequence[TrainerCallback]:
@@ -157,16 +156,11 @@ class MethodRun:
         """Parameters that the method has trained and that are still in use, without the head."""
         if self.kind == "peft-adalora":
             return _live_triplets(model)
-        heads = tuple(f"{name}." for name in self._whole)
-        return sum(
-            parameter.numel()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and "modules_to_save" not in name and not name.startswith(heads)
-        )
+        return trainable(model) - sum(p.numel() for p in whole_parameters(model))
 
     def _choose(self, model: nn.Module) -> None:
         model.requires_grad_(False)
-        if self.kind == "head" and not self._whole:
+        if self.kind == "head" and not marked_modules(model):
             raise RecipeError("method head: this model's checkpoint brings its head; there is no new one to train")
         if self.kind == "bitfit":
             biases = [p for name, p in model.named_parameters() if name.endswith("bias")]

@@ -47,9 +47,11 @@ class TripletVariant(LoraVariant):
         return orig_weight - cast(Tensor, module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
     @staticmethod
-    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        """Base output plus the adapter's part, same shape as `result`."""
-        scale, frozen = module.scaling[active_adapter], kwargs.get("frozen")
+    def forward(
+        module: Any, active_adapter: str, x: Tensor, result: Tensor, *, frozen: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Base output plus the adapter's part, same shape as `result`; `frozen` is for our own short way."""
+        scale = module.scaling[active_adapter]
         return linear_forward(module, active_adapter, x, result, scale=scale, frozen=frozen)
 
 
@@ -80,17 +82,17 @@ class AdaptiveLinear(Linear):
             return _STOCK_FORWARD(self, x, *args, **kwargs)
         modules = own["_modules"]
         A = modules["lora_A"]._modules.get(name)
-        cast = _autocast_dtype(x)  # what all products are made in
-        if A is None or x.dtype not in (_weight(A).dtype, cast):  # PEFT knows whether to cast it
+        cast_to = _autocast_dtype(x)  # what all products are made in
+        if A is None or x.dtype not in (weight_of(A).dtype, cast_to):  # PEFT knows whether to cast it
             return _STOCK_FORWARD(self, x)
         base, frozen = modules["base_layer"], None
         # What its call does where nobody has put a hook.
         if _is_plain(base) and not _hooked_everywhere():
             weight, bias = base._parameters["weight"], base._parameters["bias"]
-            if cast is not None:  # once for both parts; autocast itself casts the bias
-                x, weight = x.to(cast), weight.to(cast)
+            if cast_to is not None:  # once for both parts; autocast itself casts the bias
+                x, weight = x.to(cast_to), weight.to(cast_to)
             result = functional.linear(x, weight, bias)
-            frozen = _frozen(weight, bias)
+            frozen = _frozen(weight, bias, x)
         else:
             result = base(x)
         out: Tensor = variant.forward(self, name, x, result, frozen=frozen)
@@ -150,8 +152,7 @@ def linear_forward(
     base = modules["base_layer"]
     plain = _is_plain(base) and _is_first(module, adapter)
     if plain and frozen is None and cast_to is None:
-        frozen = _frozen(base._parameters["weight"], base._parameters["bias"])
-        frozen = frozen if frozen is None or frozen.dtype == x.dtype else None
+        frozen = _frozen(base._parameters["weight"], base._parameters["bias"], x)
     return fused_lora(
         rows,
         result,
@@ -197,9 +198,9 @@ def _fusable(dropout: Any, operands: list[Tensor], result: Tensor) -> bool:
     )
 
 
-def _weight(layer: Any) -> Tensor:
-    """A layer's weight, past nn.Module's own look-up where it is a parameter."""
-    found: Tensor | None = layer._parameters.get("weight")
+def weight_of(layer: Any) -> nn.Parameter:
+    """A layer's weight, past nn.Module's slow look-up where it is a parameter: every step asks for all of them."""
+    found: nn.Parameter | None = layer._parameters.get("weight")
     return layer.weight if found is None else found
 
 
@@ -235,11 +236,11 @@ def _is_first(module: Any, adapter: str) -> bool:
     return next((name for name in module.active_adapters if name in module.lora_A), None) == adapter
 
 
-def _frozen(weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """The base layer's weight, if the layer trains nothing."""
+def _frozen(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor | None:
+    """The base layer's weight, if the layer trains nothing and worked on x as it is."""
     if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
-    return weight
+    return weight if weight.dtype == x.dtype else None
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -21,13 +21,13 @@ class SvdLinear(TripletVariant):
     """Linear: result + ((dropout(x) Qᵀ) ∘ s·λ) Pᵀ."""
 
     @staticmethod
-    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def forward(
+        module: Any, active_adapter: str, x: Tensor, result: Tensor, *, frozen: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         """Base output plus the adapter's part, same shape as `result`."""
         scale = module.scaling[active_adapter] * module.lora_gain[active_adapter]
         weights = module.lora_lambda[active_adapter]
-        return linear_forward(
-            module, active_adapter, x, result, scale=scale, weights=weights, frozen=kwargs.get("frozen")
-        )
+        return linear_forward(module, active_adapter, x, result, scale=scale, weights=weights, frozen=frozen)
 
 
 class SvdConv(TripletVariant):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from adalora.errors import AttachError
+from adalora.lora.layers.forward import weight_of
 from adalora.lora.layers.groups import by_group, groups_of, length_along, places_along
 from adalora.lora.layers.refusals import (
     no_layer_message,
@@ -90,7 +91,7 @@ class TripletHandle:
         if self.whole:
             return self.whole["P"]
         found: Any = self._P_of[self.adapter]
-        return cast(nn.Parameter, found) if self.is_embedding else _weight(found)
+        return cast(nn.Parameter, found) if self.is_embedding else weight_of(found)
 
     @property
     def Q_parameter(self) -> nn.Parameter:
@@ -98,7 +99,7 @@ class TripletHandle:
         if self.whole:
             return self.whole["Q"]
         found: Any = self._Q_of[self.adapter]
-        return cast(nn.Parameter, found) if self.is_embedding else _weight(found)
+        return cast(nn.Parameter, found) if self.is_embedding else weight_of(found)
 
     @property
     def lambda_parameter(self) -> nn.Parameter | None:
@@ -262,12 +263,6 @@ class TripletHandle:
             "rank": self.rank,
             "parameters_per_triplet": self.parameters_per_triplet,
         }
-
-
-def _weight(module: Any) -> nn.Parameter:
-    """A module's weight: every step asks for all of them."""
-    found: nn.Parameter | None = module._parameters.get("weight")
-    return module.weight if found is None else found
 
 
 def _dense(parameter: nn.Parameter) -> nn.Parameter:

@@ -42,7 +42,7 @@ class _Averages(ABC):
         self._present = [k for k, gradient in enumerate(gradients) if gradient is not None]
         found = [gradient for gradient in gradients if gradient is not None]
         self._gradients = torch.stack(self._matrices(found)) if found else None
-        self._weights = [parameters[k] for k in self._present]
+        self._parameters = [parameters[k] for k in self._present]
         return self._gradients
 
     def _matrices(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -64,7 +64,7 @@ class _Averages(ABC):
         if gradients is None:
             return
         present, handles = self._present, [self.handles[k] for k in self._present]
-        factors = torch.stack(self._matrices(self._weights))
+        factors = torch.stack(self._matrices(self._parameters))
         for average, product in self._products(factors, _unscaled(gradients, unscale), handles, unscale):
             if self.means and average is self.factors:
                 product = product.abs_().mean(dim=self.entries_dim)

@@ -187,7 +187,7 @@ def orthogonality_error(handles: Sequence[TripletHandle]) -> float:
     """Root mean square cosine between different live vectors, over all P and Q of rank 2 or more; 0 is orthogonal."""
     errors: list[Tensor] = []
     several: list[bool] = []
-    for group in _by_length([h for h in handles if not h.removed]):
+    for group in Groups(handles).now():
         # A vector of zeros counts as none: so pruned ones are left out.
         vectors = _stack(group.vectors, alike=group.alike)
         masks = [h.mask.unsqueeze(1) for h in group.handles]

@@ -21,10 +21,14 @@ def mark_whole(model: nn.Module, names: Iterable[str]) -> None:
         setattr(model.get_submodule(name), MARK, True)
 
 
+def marked_modules(model: nn.Module) -> list[nn.Module]:
+    """Those modules, and PEFT's copies of them."""
+    return [module for module in model.modules() if getattr(module, MARK, False)]
+
+
 def whole_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of those modules that training changes."""
-    marked = (module for module in model.modules() if getattr(module, MARK, False))
-    found = {id(p): p for module in marked for p in module.parameters() if p.requires_grad}
+    """Their parameters that training changes."""
+    found = {id(p): p for module in marked_modules(model) for p in module.parameters() if p.requires_grad}
     return list(found.values())
 
 
