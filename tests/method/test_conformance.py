@@ -228,7 +228,7 @@ def assert_compiled_is_eager(name, dtype, settings, *, steps, monkeypatch):
 
     What fusing them by hand does to the rounding, which compiled code does not, `assert_exact_to_rounding` bounds.
     """
-    monkeypatch.setattr(forward_module, "_fusable", lambda *_: False)
+    monkeypatch.setattr(forward_module, "_fusable", lambda *_, **__: False)
     kind, torch_type, mixed = KINDS[name], {**DTYPES, **MIXED}[dtype], dtype in MIXED
     models = [adapted(kind, torch_type, mixed=mixed) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())

@@ -198,3 +198,46 @@ def test_saved_by_someone_else_and_overwritten_is_an_error_not_a_wrong_gradient(
     out = fused_lora(x, base, Q, P, scale=1.0, in_place=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_base_layer_s_product_made_inside(bias, dropout):
+    x, W, Q, P = operands()
+    b = torch.randn(4, dtype=torch.float64) if bias else None
+    results = []
+    for base in (functional.linear(x, W, b), None):
+        torch.manual_seed(1)
+        out = fused_lora(x, base, Q, P, scale=0.7, dropout=dropout, weight_oi=W, bias_o=b)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (x, Q, P))))
+    for expected, actual in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    out.add_(1)  # the next layer may change it in place
+    inside = lambda *inputs: fused_lora(inputs[0], None, *inputs[1:], scale=0.7, weight_oi=W, bias_o=b)  # noqa: E731
+    assert gradcheck(inside, (x, Q, P))
+    assert gradgradcheck(inside, (x, Q, P))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("order", [1, 2])
+def test_what_is_of_another_type_is_cast_as_autograd_s_casts_are(inside, order):
+    """Leaves are wide and x is narrow, as under autocast: gradients come in each one's own type."""
+    x, W, Q, P = operands(dtype=torch.float32, shape=(6, 5))
+    weights = torch.tensor([0.3, -1.2], requires_grad=True)
+    leaves = (x, Q, P, weights)
+    results = []
+    for by_hand in (True, False):
+        narrow = [t.bfloat16() for t in (x, W, Q, P, weights)]
+        rows = narrow[0]
+        left, right, lam = narrow[2:] if by_hand else (Q, P, weights)
+        weight = narrow[1] if by_hand else W
+        base = functional.linear(rows, narrow[1]) if by_hand or not inside else None
+        out = fused_lora(rows, base, left, right, scale=0.7, lambda_r=lam, weight_oi=weight)
+        grads = torch.autograd.grad(out.float().square().sum(), leaves, create_graph=order == 2)
+        if order == 2:
+            grads = torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+        results.append((out, *grads))
+    for leaf, expected, actual in zip((out, *leaves), *results):
+        assert actual.dtype == leaf.dtype
+        rtol = 0 if order == 1 else 1e-2  # of second order several parts are added up, each in bfloat16 or in float32
+        torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol)

@@ -47,12 +47,14 @@ class TripletVariant(LoraVariant):
         return orig_weight - cast(Tensor, module.get_delta_weight(active_adapter)).to(orig_weight.dtype)
 
     @staticmethod
-    def forward(
-        module: Any, active_adapter: str, x: Tensor, result: Tensor, *, frozen: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
-        """Base output plus the adapter's part, same shape as `result`; `frozen` is for our own short way."""
-        scale = module.scaling[active_adapter]
-        return linear_forward(module, active_adapter, x, result, scale=scale, frozen=frozen)
+    def terms(module: Any, adapter: str) -> tuple[float, Tensor | None]:
+        """The scale s, and λ where it is a parameter of its own."""
+        return module.scaling[adapter], None
+
+    @classmethod
+    def forward(cls, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """Base output plus the adapter's part, same shape as `result`."""
+        return linear_forward(module, active_adapter, x, result, *cls.terms(module, active_adapter))
 
 
 _STOCK_FORWARD = Linear.forward
@@ -69,12 +71,12 @@ class AdaptiveLinear(Linear):
         """As PEFT's."""
         own = self.__dict__
         active = own["_active_adapter"]
-        name = active if type(active) is str else active[0] if len(active) == 1 else None
-        variant = own["lora_variant"].get(name)
+        name: Any = active if type(active) is str else active[0] if len(active) == 1 else None
+        terms = getattr(own["lora_variant"].get(name), "terms", None)
         if (
             args
             or kwargs
-            or variant is None
+            or terms is None  # no adapter of ours
             or own["_disable_adapters"]
             or own["merged_adapters"]
             or torch.compiler.is_compiling()
@@ -85,18 +87,15 @@ class AdaptiveLinear(Linear):
         cast_to = _autocast_dtype(x)  # what all products are made in
         if A is None or x.dtype not in (weight_of(A).dtype, cast_to):  # PEFT knows whether to cast it
             return _STOCK_FORWARD(self, x)
-        base, frozen = modules["base_layer"], None
-        # What its call does where nobody has put a hook.
-        if _is_plain(base) and not _hooked_everywhere():
-            weight, bias = base._parameters["weight"], base._parameters["bias"]
-            if cast_to is not None:  # once for both parts; autocast itself casts the bias
-                x, weight = x.to(cast_to), weight.to(cast_to)
-            result = functional.linear(x, weight, bias)
-            frozen = _frozen(weight, bias, x)
-        else:
+        base = modules["base_layer"]
+        if not _is_plain(base) or _hooked_everywhere():
             result = base(x)
-        out: Tensor = variant.forward(self, name, x, result, frozen=frozen)
-        return out if out.dtype == result.dtype else out.to(result.dtype)
+        else:  # its call does nothing but its product
+            x = x if cast_to is None else x.to(cast_to)  # once for both parts
+            result = None if _is_frozen(base, x, cast_to) else functional.linear(x, base.weight, base.bias)
+        out = linear_forward(self, name, x, result, *terms(self, name), cast_to=cast_to)
+        dtype = x.dtype if result is None else result.dtype
+        return out if out.dtype == dtype else out.to(dtype)
 
     def _get_name(self) -> str:
         return "Linear"
@@ -112,11 +111,11 @@ def linear_forward(
     module: Any,
     adapter: str,
     x: Tensor,
-    result: Tensor,
-    *,
+    result: Tensor | None,
     scale: float,
-    weights: Tensor | None = None,
-    frozen: Tensor | None = None,
+    weights: Tensor | None,
+    *,
+    cast_to: torch.dtype | None = None,
 ) -> Tensor:
     """Result + s·(dropout(x) Qᵀ ∘ λ) Pᵀ of a Linear layer, fused where that is certain to be the same.
 
@@ -124,44 +123,61 @@ def linear_forward(
         module: PEFT's LoRA layer.
         adapter: Adapter name.
         x: Input, [..., d_in].
-        result: The layer's output so far, [..., d_out].
+        result: The layer's output so far, [..., d_out]. None: that of the base layer, which is plain and trains
+            nothing, and for which x has been cast already.
         scale: s.
         weights: λ, [r], where it is a parameter of its own.
-        frozen: The base weight that `result` was made of, in x's type, where nothing in it is trained.
+        cast_to: What autocast makes products in; read only without `result`.
     """
     modules = module._modules  # past nn.Module's own look-up, which is several times slower; so below
     A, B = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
     dropout = modules["lora_dropout"]._modules[adapter]
     live = module.__dict__.get(DROPPED, _NONE).get(adapter) if module.training else None
-    if not (_eager() and _is_plain(A) and _is_plain(B)):
-        return _by_modules(A, B, dropout, x, result, scale=scale, weights=weights, live=live)
-    operands = [x, A._parameters["weight"], B._parameters["weight"]]
-    if weights is not None:
-        operands.append(weights)
-    cast_to = _autocast_dtype(x)
-    if cast_to is not None:
-        operands = [t.to(cast_to) for t in operands]
-    if not _fusable(dropout, operands, result):
-        return _by_modules(A, B, dropout, x, result, scale=scale, weights=weights, live=live)
-    rows, Q_ri, P_or = operands[:3]
-    lambda_r = operands[3] if weights is not None else None
+    if _eager() and _is_plain(A) and _is_plain(B):
+        cast_to = cast_to if result is None else _autocast_dtype(x)
+        rows = x if cast_to is None else x.to(cast_to)
+        factors = [A._parameters["weight"], B._parameters["weight"]]
+        if weights is not None:
+            factors.append(weights)
+        if _fusable(dropout, rows, factors, result, autocast=cast_to is not None):
+            return _fused(module, adapter, dropout, rows, result, factors, scale=scale, live=live)
+    if result is None:
+        result = functional.linear(x, modules["base_layer"].weight, modules["base_layer"].bias)
+    return _by_modules(A, B, dropout, x, result, scale=scale, weights=weights, live=live)
+
+
+def _fused(
+    module: Any,
+    adapter: str,
+    dropout: Any,
+    x: Tensor,
+    result: Tensor | None,
+    factors: list[Tensor],
+    *,
+    scale: float,
+    live: Tensor | None,
+) -> Tensor:
+    """The sum by `fused_lora`; `factors` are Q, P and perhaps λ."""
+    Q_ri, P_or = factors[:2]
+    lambda_r = factors[2] if len(factors) > 2 else None
     if live is not None and lambda_r is not None:
         lambda_r = lambda_r * live
     elif live is not None:
         P_or = P_or * live
-    base = modules["base_layer"]
-    plain = _is_plain(base) and _is_first(module, adapter)
-    if plain and frozen is None and cast_to is None:
-        frozen = _frozen(base._parameters["weight"], base._parameters["bias"], x)
+    base, weight, bias = module._modules["base_layer"], None, None
+    plain = result is None or (_is_plain(base) and _is_first(module, adapter))
+    if result is None or (plain and _is_frozen(base, x)):
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
     return fused_lora(
-        rows,
+        x,
         result,
         Q_ri,
         P_or,
         scale=scale,
         lambda_r=lambda_r,
         dropout=dropout.p if type(dropout) is not nn.Identity and dropout.training else 0.0,
-        weight_oi=frozen if plain else None,
+        weight_oi=weight,
+        bias_o=bias,
         in_place=plain,
     )
 
@@ -185,17 +201,22 @@ def _eager() -> bool:
     )
 
 
-def _fusable(dropout: Any, operands: list[Tensor], result: Tensor) -> bool:
+def _fusable(dropout: Any, x: Tensor, factors: list[Tensor], result: Tensor | None, *, autocast: bool) -> bool:
     """Whether `fused_lora` computes what the modules, which are plain, would."""
-    x, dtype, kind = operands[0], operands[0].dtype, type(dropout)
-    for t in operands:
-        if t.dtype != dtype or type(t) not in _TENSORS:
+    dtype, kind = x.dtype, type(dropout)
+    for t in factors:
+        if (t.dtype != dtype and not autocast) or type(t) not in _TENSORS:
             return False
     return (
         (kind is nn.Identity or (kind is nn.Dropout and dropout.p < 1))
-        and type(x) is type(result) is Tensor
-        and (result.dtype == dtype or torch.promote_types(result.dtype, dtype) == dtype)
+        and type(x) is Tensor
+        and (result is None or _takes(result, dtype))
     )
+
+
+def _takes(result: Tensor, dtype: torch.dtype) -> bool:
+    """Whether adding something of that type makes that type."""
+    return type(result) is Tensor and (result.dtype == dtype or torch.promote_types(result.dtype, dtype) == dtype)
 
 
 def weight_of(layer: Any) -> nn.Parameter:
@@ -236,11 +257,14 @@ def _is_first(module: Any, adapter: str) -> bool:
     return next((name for name in module.active_adapters if name in module.lora_A), None) == adapter
 
 
-def _frozen(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor | None:
-    """The base layer's weight, if the layer trains nothing and worked on x as it is."""
-    if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
-        return None
-    return weight if weight.dtype == x.dtype else None
+def _is_frozen(base: Any, x: Tensor, cast_to: torch.dtype | None = None) -> bool:
+    """Whether a plain layer trains nothing and works on x as it is."""
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    return (
+        not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
+        and (cast_to is not None or weight.dtype == x.dtype)
+    )
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -11,13 +11,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Gradients = tuple[Tensor | None, ...]
 
 
 def fused_lora(
     x: Tensor,
-    base: Tensor,
+    base: Tensor | None,
     Q_ri: Tensor,
     P_or: Tensor,
     *,
@@ -25,30 +26,34 @@ def fused_lora(
     lambda_r: Tensor | None = None,
     dropout: float = 0.0,
     weight_oi: Tensor | None = None,
+    bias_o: Tensor | None = None,
     in_place: bool = False,
 ) -> Tensor:
     """Base + scale · dropout(x) Qᵀ diag(λ) Pᵀ, keeping only x, the dropout's mask as bytes and the product of size r.
 
-    Gradients of any order. x, Q and P have one type; the caller sees to autocast.
+    Gradients of any order. Products are made in the type of x, and what is of another type is cast to it, as autocast
+    would, but out of autograd's sight; the caller casts x.
 
     Args:
         x: Input, [..., d_in].
-        base: Output of the layer without LoRA, [..., d_out], of the type of x or a narrower one.
+        base: Output of the layer without LoRA, [..., d_out], of the type of x or a narrower one. None: x Wᵀ + bias is
+            made here, where autograd need not note it.
         Q_ri: `lora_A`'s weight, [r, d_in].
         P_or: `lora_B`'s weight, [d_out, r].
         scale: s.
-        lambda_r: λ, [r], of the type of Q and P; None for 1.
+        lambda_r: λ, [r]; None for 1.
         dropout: Probability of a zero, 0 <= dropout < 1. A seed gives the same zeros as `torch.nn.Dropout`.
         weight_oi: The base weight W, [d_out, d_in], where `base` is x Wᵀ + bias and nothing in it is trained: the
             gradient of x is then made in one sum, and autograd leaves the base layer out.
+        bias_o: The base layer's bias, [d_out]; read only without `base`.
         in_place: The sum may overwrite `base`.
 
     Returns:
         [..., d_out], of the type of x.
     """
-    if weight_oi is not None:
+    if weight_oi is not None and base is not None:
         base = base.detach()
-    return cast(Tensor, _apply(x, base, Q_ri, P_or, lambda_r, weight_oi, scale, dropout, in_place))
+    return cast(Tensor, _apply(x, base, Q_ri, P_or, lambda_r, weight_oi, bias_o, scale, dropout, in_place))
 
 
 def _drop(rows_ni: Tensor, dropout: float) -> tuple[Tensor, Tensor, float, float]:
@@ -67,26 +72,37 @@ class _FusedLora(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        base: Tensor,
+        base: Tensor | None,
         Q_ri: Tensor,
         P_or: Tensor,
         lambda_r: Tensor | None,
         weight_oi: Tensor | None,
+        bias_o: Tensor | None,
         scale: float,
         dropout: float,
         in_place: bool,
     ) -> Tensor:
+        dtype, given = x.dtype, (Q_ri, P_or, lambda_r)
+        if weight_oi is not None and weight_oi.dtype != dtype:
+            weight_oi = weight_oi.to(dtype)
+        if base is None:
+            base, in_place = functional.linear(x, cast(Tensor, weight_oi), bias_o), True
+        cast_too: tuple[Tensor | None, ...] = ()
+        if Q_ri.dtype != dtype or P_or.dtype != dtype:
+            Q_ri, P_or = Q_ri.to(dtype), P_or.to(dtype)
+            lambda_r = None if lambda_r is None else lambda_r.to(dtype)
+            cast_too = (Q_ri, P_or, lambda_r)
         rows_ni, mask_ni, mask_scale = x.reshape(-1, x.shape[-1]), None, 1.0
         if dropout > 0:
             rows_ni, mask_ni, forward_scale, mask_scale = _drop(rows_ni, dropout)
             scale *= forward_scale
         h_rn = torch.mm(Q_ri, rows_ni.t())
-        ctx.save_for_backward(x, mask_ni, h_rn, Q_ri, P_or, lambda_r, weight_oi)
+        ctx.save_for_backward(x, mask_ni, h_rn, weight_oi, *given, *cast_too)
         ctx.settings = scale, mask_scale, base.dtype
         if lambda_r is not None:
             h_rn = h_rn * lambda_r.unsqueeze(1)
-        if base.dtype != x.dtype:
-            base, in_place = base.to(x.dtype), True
+        if base.dtype != dtype:
+            base, in_place = base.to(dtype), True
         if not (in_place and base.is_contiguous()):
             rows_no = torch.addmm(base.reshape(-1, base.shape[-1]), h_rn.t(), P_or.t(), alpha=scale)
             return rows_no.view(base.shape).detach()  # the next layer may change it in place: no view of rows_no
@@ -119,8 +135,12 @@ def under_autocast(tensor: Tensor) -> bool:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> Gradients:
-    """Of x, base, Q, P and λ. Factors ride on products as `alpha`; with beta=0 `addmm` never reads its first input."""
-    x, mask, h_rn, Q_ri, P_or, lambda_r, weight_oi = ctx.saved_tensors
+    """Of x, base, Q, P and λ; autograd casts them to the type that each has.
+
+    Factors ride on products as `alpha`; with beta=0 `addmm` never reads its first input.
+    """
+    x, mask, h_rn, weight_oi, *factors = ctx.saved_tensors
+    Q_ri, P_or, lambda_r = factors[-3:]  # in the type of x
     scale, mask_scale, base_dtype = ctx.settings
     for_x, for_base, for_Q, for_P, for_lambda = ctx.needs_input_grad[:5]
     grad_no, P_ro = grad.reshape(-1, grad.shape[-1]), P_or.t()
@@ -149,12 +169,14 @@ def _gradients(ctx: Any, grad: Tensor) -> Gradients:
             grad_x = torch.mm(grad_no, weight_oi).addcmul_(torch.mm(grad_rn.t(), Q_ri), mask)
         grad_x = grad_x.view(x.shape)
     grad_base = grad.to(base_dtype) if for_base else None
-    return grad_x, grad_base, grad_Q, grad_P, grad_lambda, None, None, None, None
+    return grad_x, grad_base, grad_Q, grad_P, grad_lambda, None, None, None, None, None
 
 
 def _gradients_in_graph(ctx: Any, grad: Tensor) -> Gradients:
     """The same for `create_graph=True`: in differentiable operations, from the inputs alone."""
-    x, mask_ni, _, Q_ri, P_or, lambda_r, weight_oi = ctx.saved_tensors
+    x, mask_ni, _, weight_oi, *factors = ctx.saved_tensors
+    Q_ri, P_or = factors[0].to(x.dtype), factors[1].to(x.dtype)
+    lambda_r = None if factors[2] is None else factors[2].to(x.dtype)
     scale, mask_scale, base_dtype = ctx.settings
     grad_no = grad.reshape(-1, grad.shape[-1])
     rows_ni = x.reshape(-1, x.shape[-1])
@@ -170,4 +192,4 @@ def _gradients_in_graph(ctx: Any, grad: Tensor) -> Gradients:
     if weight_oi is not None:
         grad_x = grad_x + grad_no.mm(weight_oi)
     wanted = (grad_x.view(x.shape), grad.to(base_dtype), grad_rn.mm(rows_ni), grad_P, grad_lambda)
-    return (*(g if needed else None for g, needed in zip(wanted, ctx.needs_input_grad)), None, None, None, None)
+    return (*(g if needed else None for g, needed in zip(wanted, ctx.needs_input_grad)), None, None, None, None, None)

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
-from adalora.lora.layers.forward import TripletVariant, linear_forward, shorten
+from adalora.lora.layers.forward import TripletVariant, shorten
 from adalora.lora.layers.groups import groups_of, vectors_by_group
 from adalora.lora.layers.triplets import TripletHandle
 
@@ -21,13 +21,9 @@ class SvdLinear(TripletVariant):
     """Linear: result + ((dropout(x) Qᵀ) ∘ s·λ) Pᵀ."""
 
     @staticmethod
-    def forward(
-        module: Any, active_adapter: str, x: Tensor, result: Tensor, *, frozen: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
-        """Base output plus the adapter's part, same shape as `result`."""
-        scale = module.scaling[active_adapter] * module.lora_gain[active_adapter]
-        weights = module.lora_lambda[active_adapter]
-        return linear_forward(module, active_adapter, x, result, scale=scale, weights=weights, frozen=frozen)
+    def terms(module: Any, adapter: str) -> tuple[float, Tensor | None]:
+        """The scale of λ, and λ."""
+        return module.scaling[adapter] * module.lora_gain[adapter], module.lora_lambda[adapter]
 
 
 class SvdConv(TripletVariant):
