@@ -51,14 +51,15 @@ def published(suite: Suite, path: Path) -> tuple[Suite, Results]:
     for row in results.rows.values():
         named = [m.name for m in suite.methods if m.name == row["method"]]
         (method,) = named or [m.name for m in suite.methods if m.kind == row["kind"]]
-        rows[row["task"], row["budget"], method, row["learning_rate"], row["seed"], row["stage"]] = row
+        rates = row["learning_rate"], row.get("head_learning_rate")
+        rows[row["task"], row["budget"], method, *rates, row["seed"], row["stage"]] = row
     here = {method for _, _, method, *_ in rows}
     suite = suite.model_copy(update={"methods": [m for m in suite.methods if m.name in here]})
     results.rows = {}
     for cells in (dev_cells, partial(picked_cells, results=results)):
         for group in groups(suite):
             for c in cells(suite, *group):
-                row = rows.get((c.task, c.budget, c.method, c.learning_rate, c.seed, c.stage))
+                row = rows.get((c.task, c.budget, c.method, *c.rate, c.seed, c.stage))
                 results.rows |= {} if row is None else {c.key: row}
     return suite, results
 

@@ -8,6 +8,7 @@ from adalora.compare.bottleneck import Bottleneck, inject, places
 from adalora.compare.cells import cells_of_rate
 from adalora.compare.methods import METHODS
 from adalora.compare.running import run_cell
+from adalora.compare.suite import Rate
 from adalora.errors import RecipeError
 
 # All linear layers of two BERT layers, without the head: attention 4 × (32 + 32), feed-forward 2 × (32 + 64).
@@ -60,7 +61,7 @@ def test_too_small_a_budget_and_unknown_names_are_refused():
 @pytest.mark.parametrize("name", list(METHODS))
 def test_method_runs_on_a_recipe(name, make_suite):
     suite = make_suite(methods=[name], baseline=name, steps=24, seeds=[1])
-    cell = cells_of_rate(suite, suite.tasks[0], 2, suite.methods[0], rate=0.01)[0]
+    cell = cells_of_rate(suite, suite.tasks[0], 2, suite.methods[0], rate=Rate(0.01))[0]
     row = run_cell(cell)
     assert row["status"] == "ok", row.get("traceback") or row
     assert row["steps"] == 24

@@ -8,9 +8,10 @@ import pytest
 from rich.console import Console
 
 from adalora.compare.cells import RESULTS, Results, cells_of_rate, dev_cells, groups
-from adalora.compare.plots import plot_all_curves, plot_curves, plot_differences
+from adalora.compare.plots import plot_all_curves, plot_curves, plot_differences, plot_rates
 from adalora.compare.report import html, markdown, write_report
 from adalora.compare.stability import dev_drop, loss_variance, stability
+from adalora.compare.suite import Rate
 from adalora.compare.summary import summarize
 from adalora.compare.tables import pace, rich_tables, sentences
 
@@ -22,14 +23,19 @@ def summary(make_suite, tmp_path):
     suite = make_suite(methods=list(SCORES), learning_rates=[0.1, 0.01], seeds=[1, 2, 3, 4, 5], budgets=[2, 4])
     results = Results(tmp_path / RESULTS)
     for group in groups(suite):
-        for cell in [*dev_cells(suite, *group), *cells_of_rate(suite, *group, rate=0.01)]:
+        for cell in [*dev_cells(suite, *group), *cells_of_rate(suite, *group, rate=Rate(0.01))]:
             wobble = 0.01 * cell.seed + (0.004 * (-1) ** cell.seed if cell.method != "lora" else 0)
-            score = SCORES[cell.method] + wobble - (0.1 if cell.learning_rate == 0.1 else 0)
+            score = SCORES[cell.method] + wobble - (0.1 if cell.rate.learning_rate == 0.1 else 0)
             row = {"key": cell.key, "status": "ok", "metric": "accuracy", "score": score, "seconds": 3.0}
             slower = 10 if cell.method == "ours" else 20
             curve = [[slower, score - 0.01], [2 * slower, score], [40, score]]
             row |= {"parameters": 1000 * cell.budget, "loss_curve": [[1, 2.0], [2, 1.0]], "dev_curve": curve}
-            row |= {"learning_rate": cell.learning_rate, "seed": cell.seed, "machine": "m", "versions": {"torch": "x"}}
+            row |= {
+                "learning_rate": cell.rate.learning_rate,
+                "seed": cell.seed,
+                "machine": "m",
+                "versions": {"torch": "x"},
+            }
             results.add(row)
     return summarize(suite, results)
 
@@ -41,12 +47,23 @@ def test_rows_say_better_worse_and_no_difference(summary):
     assert by["rslora", 4].comparison.difference.verdict == "no difference shown"
     assert by["head", 0].comparison.difference.verdict == "worse"
     assert by["lora", 2].comparison is None
-    assert by["lora", 2].learning_rate == 0.01
+    assert by["lora", 2].rate == Rate(0.01)
     assert by["ours", 2].comparison.corrected > by["ours", 2].comparison.p_value
     assert summary.overall["ours"][1] == 2
     assert summary.overall["ours"][0].verdict == "better"
     assert summary.overall["ours"][0].mean == pytest.approx(100 * 0.05 / 0.73, abs=0.3)  # percent of the score
     assert any("rslora" in text and "no difference shown" in text for text in sentences(summary))
+
+
+def test_rates_of_the_head_are_curves_of_their_own(summary):
+    line = next(line for line in summary.lines if line.method == "lora" and line.budget == 2)
+    line.dev.extend([row | {"head_learning_rate": 0.3, "score": 1.0} for row in line.dev])
+    (axes,) = plot_rates(summary, "moods", 2).axes
+    curves = {curve.get_label(): curve for curve in axes.get_lines()}
+    assert {"lora", "lora, head 0.3", "ours"} <= set(curves)
+    assert list(curves["lora, head 0.3"].get_ydata()) == [1.0, 1.0]
+    assert list(curves["lora"].get_xdata()) == [0.01, 0.1]
+    assert len({(curve.get_color(), curve.get_linestyle()) for curve in curves.values()}) == len(curves)
 
 
 def test_differences_are_drawn_in_percent_with_every_seed(summary):

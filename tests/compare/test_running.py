@@ -5,8 +5,9 @@ import json
 import pytest
 
 from adalora.compare import running
-from adalora.compare.cells import RESULTS, Results, cells_of_rate, dev_cells, groups, pick_rate
+from adalora.compare.cells import RESULTS, Results, cells_of_rate, dev_cells, groups, pick_rate, picked_cells
 from adalora.compare.running import planned, run_suite
+from adalora.compare.suite import Rate
 from adalora.errors import DataError, OutOfMemory, TrainingError
 
 
@@ -26,8 +27,8 @@ def test_rate_is_picked_on_dev_by_the_mean_over_tuning_seeds(make_suite, tmp_pat
     for number, cell in enumerate(all_dev(suite)):
         assert cell.stage == "dev"
         assert pick_rate(suite, *group, results=results) is None, number
-        results.add(fake(cell, scores[cell.learning_rate, cell.seed]))
-    assert pick_rate(suite, *group, results=results) == 0.01
+        results.add(fake(cell, scores[cell.rate.learning_rate, cell.seed]))
+    assert pick_rate(suite, *group, results=results) == Rate(0.01)
 
 
 def test_a_method_that_follows_takes_the_rate_of_another(make_suite, tmp_path):
@@ -36,19 +37,49 @@ def test_a_method_that_follows_takes_the_rate_of_another(make_suite, tmp_path):
     lora, ours = groups(suite)
     assert dev_cells(suite, *ours) == []
     assert pick_rate(suite, *ours, results=results) is None
-    assert {cell.learning_rate for cell, _, _ in planned(suite, results) if cell.method == "ours"} == {0.1}
+    assert {cell.rate.learning_rate for cell, _, _ in planned(suite, results) if cell.method == "ours"} == {0.1}
     for cell in dev_cells(suite, *lora):
-        results.add(fake(cell, 1 - cell.learning_rate))
-    assert pick_rate(suite, *ours, results=results) == pick_rate(suite, *lora, results=results) == 0.01
+        results.add(fake(cell, 1 - cell.rate.learning_rate))
+    assert pick_rate(suite, *ours, results=results) == pick_rate(suite, *lora, results=results) == Rate(0.01)
 
 
 def test_lower_is_better_for_losses_and_diverged_rates_lose(make_suite, tmp_path):
     suite = make_suite(learning_rates=[0.1, 0.01, 1.0], methods=["lora"])
     results = Results(tmp_path / RESULTS)
     for cell in all_dev(suite):
-        status = "diverged" if cell.learning_rate == 1.0 else "ok"
-        results.add(fake(cell, {0.1: 3.0, 0.01: 2.0, 1.0: 0.0}[cell.learning_rate], metric="loss", status=status))
-    assert pick_rate(suite, *groups(suite)[0], results=results) == 0.01
+        status = "diverged" if cell.rate.learning_rate == 1.0 else "ok"
+        results.add(fake(cell, {0.1: 3.0, 0.01: 2.0, 1.0: 0.0}[cell.rate.learning_rate], metric="loss", status=status))
+    assert pick_rate(suite, *groups(suite)[0], results=results) == Rate(0.01)
+
+
+def test_a_rate_of_its_own_for_the_head_is_picked_beside_the_learning_rate(make_suite, recipe_file):
+    tasks = [{"recipe": str(recipe_file), "name": "moods", "head_learning_rates": [None, 0.3]}]
+    methods = ["lora", {"name": "ours", "rate_of": "lora"}]
+    suite = make_suite(tasks=tasks, learning_rates=[0.1, 0.01], methods=methods)
+    results = Results(suite.folder / RESULTS)
+    lora, ours = groups(suite)
+    cells = dev_cells(suite, *lora)
+    assert [cell.rate for cell in cells] == [Rate(0.1), Rate(0.1, 0.3), Rate(0.01), Rate(0.01, 0.3)]
+    assert len({cell.key for cell in cells} | {cell.folder for cell in cells}) == 8
+    for cell in cells:
+        assert cell.recipe["training"].get("head_learning_rate") == cell.rate.head
+        results.add(fake(cell, 1.0 if cell.rate == Rate(0.01, 0.3) else 0.5))
+    assert pick_rate(suite, *lora, results=results) == pick_rate(suite, *ours, results=results) == Rate(0.01, 0.3)
+    (first, *_) = picked_cells(suite, *ours, results=results)
+    assert "lr 0.01, head 0.3 seed 1" in first.label
+    row = running.run_cell(first)
+    assert (row["status"], row["learning_rate"], row["head_learning_rate"]) == ("ok", 0.01, 0.3)
+
+
+def test_without_a_grid_the_head_s_rate_is_the_recipe_s(make_suite, recipe_file):
+    tasks = [{"recipe": str(recipe_file), "name": "moods", "set": {"training.head_learning_rate": 0.3}}]
+    suite = make_suite(tasks=tasks, methods=["lora"])
+    same = make_suite(tasks=[tasks[0] | {"set": {}, "head_learning_rates": [0.3]}], methods=["lora"])
+    assert suite.rates(suite.tasks[0], suite.methods[0]) == [Rate(0.01, 0.3)]
+    keys = [
+        [cell.key for cell in picked_cells(s, *groups(s)[0], results=Results(s.folder / "none"))] for s in (suite, same)
+    ]
+    assert keys[0] == keys[1]
 
 
 def test_suite_runs_picks_and_does_not_run_again(make_suite, monkeypatch):
@@ -58,7 +89,7 @@ def test_suite_runs_picks_and_does_not_run_again(make_suite, monkeypatch):
     assert [row["status"] for _, row in seen] == ["ok"] * 12, seen
     tests = [cell for cell, _ in seen if cell.stage == "test"]
     assert sorted((c.method, c.seed) for c in tests) == [(m, s) for m in ("head", "lora", "ours") for s in (1, 2)]
-    assert {c.learning_rate for c in tests if c.method != "head"} == {0.01}
+    assert {c.rate.learning_rate for c in tests if c.method != "head"} == {0.01}
     assert all(c.stage == "dev" or "test split" in results.rows[c.key]["rows"] for c, _ in seen)
     assert all("validation split" in row["rows"] for c, row in seen if c.stage == "dev")
     sizes = {row["method"]: row["parameters"] for _, row in seen}
@@ -89,7 +120,7 @@ def test_a_stopped_suite_continues(make_suite, monkeypatch):
 def test_changed_settings_are_new_cells_and_new_names_are_not(make_suite, recipe_file):
     def keys(**changes):
         suite = make_suite(methods=["lora"], **changes)
-        return [c.key for c in cells_of_rate(suite, suite.tasks[0], 2, suite.methods[0], rate=0.01)]
+        return [c.key for c in cells_of_rate(suite, suite.tasks[0], 2, suite.methods[0], rate=Rate(0.01))]
 
     base = keys()
     assert keys(steps=7) != base
@@ -99,7 +130,7 @@ def test_changed_settings_are_new_cells_and_new_names_are_not(make_suite, recipe
 
 def test_a_torn_last_line_is_left_out_and_closed(make_suite, tmp_path):
     suite = make_suite(methods=["lora"], seeds=[1, 2, 3])
-    cells = cells_of_rate(suite, suite.tasks[0], 2, suite.methods[0], rate=0.01)
+    cells = cells_of_rate(suite, suite.tasks[0], 2, suite.methods[0], rate=Rate(0.01))
     path = tmp_path / RESULTS
     Results(path).add(fake(cells[0], 0.5))
     with path.open("a") as file:

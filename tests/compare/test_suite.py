@@ -13,6 +13,7 @@ from adalora.tasks.recipe.files import catalogue_folder
         ({"steps": None}, "moods needs steps"),
         ({"seeds": [1, 1]}, "seeds: 1 comes twice"),
         ({"learning_rates": [0.0]}, "0.0 must be above 0"),
+        ({"head_learning_rates": [0.1]}, "head_learning_rates"),
         ({"learnin_rates": [1.0]}, "did you mean 'learning_rates'"),
         ({"methods": ["lora", {"name": "x", "base": "lora", "adalora": {"importance": "ratio"}}]}, "base: ours"),
         ({"methods": ["lora", {"name": "ours", "rate_of": "lore"}]}, "rate_of='lore'; methods to follow: lora"),
@@ -24,6 +25,15 @@ from adalora.tasks.recipe.files import catalogue_folder
 def test_wrong_fields_are_named_with_what_is_allowed(make_suite, changes, message):
     with pytest.raises(RecipeError, match=message):
         make_suite(**changes)
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [([-0.1], "-0.1 must be above 0"), ([None, 0.1, 0.1], "head_learning_rates: 0.1 comes twice"), ([], "at least 1")],
+)
+def test_rates_of_the_head_are_a_task_s_and_above_0(make_suite, recipe_file, rates, message):
+    with pytest.raises(RecipeError, match=message):
+        make_suite(tasks=[{"recipe": str(recipe_file), "head_learning_rates": rates}])
 
 
 def test_unknown_override_of_a_recipe_is_refused(make_suite, recipe_file):

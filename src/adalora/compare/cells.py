@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adalora.compare.methods import METHODS, configure
-from adalora.compare.suite import MethodPart, Stage, Suite, TaskPart, task_name
+from adalora.compare.suite import MethodPart, Rate, Stage, Suite, TaskPart, task_name
 from adalora.config import AdaLoraConfig
 from adalora.errors import DataError
 from adalora.tasks.recipe.fields import Recipe
@@ -30,7 +30,7 @@ class Cell:
         budget: Target rank; 0 for methods without a size.
         method: Its name in the suite.
         kind: Its name in `METHODS`.
-        learning_rate: Peak learning rate.
+        rate: Peak learning rates.
         seed: Of everything.
         stage: `dev` picks the learning rate, `test` measures.
         recipe: The recipe to run, as plain data.
@@ -43,7 +43,7 @@ class Cell:
     budget: int
     method: str
     kind: str
-    learning_rate: float
+    rate: Rate
     seed: int
     stage: Stage
     recipe: dict[str, Any]
@@ -54,8 +54,8 @@ class Cell:
     @property
     def key(self) -> str:
         """Names the cell by everything that decides its outcome."""
-        fields = asdict(self)
-        for incidental in ("folder", "higher_is_better", "task", "method", "metric"):
+        fields = asdict(self) | {"learning_rate": self.rate.learning_rate}  # that of the head is in the recipe
+        for incidental in ("rate", "folder", "higher_is_better", "task", "method", "metric"):
             fields.pop(incidental)
         for incidental in ("output", "name", "description", "published"):
             fields["recipe"].pop(incidental, None)
@@ -68,7 +68,7 @@ class Cell:
     def label(self) -> str:
         """For people."""
         size = f" r{self.budget}" if self.budget else ""
-        return f"{self.task}{size} {self.method} lr {self.learning_rate:g} seed {self.seed} {self.stage}"
+        return f"{self.task}{size} {self.method} lr {self.rate} seed {self.seed} {self.stage}"
 
 
 class Results:
@@ -150,7 +150,7 @@ def dev_cells(suite: Suite, task: TaskPart, budget: int, method: MethodPart) -> 
     return [make_cell(suite, task, budget, method, rate=rate, seed=seed, stage="dev") for rate, seed in pairs]
 
 
-def cells_of_rate(suite: Suite, task: TaskPart, budget: int, method: MethodPart, *, rate: float) -> list[Cell]:
+def cells_of_rate(suite: Suite, task: TaskPart, budget: int, method: MethodPart, *, rate: Rate) -> list[Cell]:
     """The cells that touch the test split, once per seed."""
     return [make_cell(suite, task, budget, method, rate=rate, seed=seed, stage="test") for seed in suite.seeds]
 
@@ -161,16 +161,16 @@ def picked_cells(suite: Suite, task: TaskPart, budget: int, method: MethodPart, 
     return [] if rate is None else cells_of_rate(suite, task, budget, method, rate=rate)
 
 
-def pick_rate(suite: Suite, task: TaskPart, budget: int, method: MethodPart, *, results: Results) -> float | None:
-    """The learning rate with the best mean dev score; None while dev cells are missing, or where none has a score."""
+def pick_rate(suite: Suite, task: TaskPart, budget: int, method: MethodPart, *, results: Results) -> Rate | None:
+    """The learning rates with the best mean dev score; None while dev cells are missing, or where none has a score."""
     rates = suite.rates(task, method)
     if len(rates) == 1:
         return rates[0]
     if method.rate_of is not None:
         return pick_rate(suite, task, budget, suite.method(method.rate_of), results=results)
-    means: dict[float, float] = {}
+    means: dict[Rate, float] = {}
     for rate in rates:
-        wanted = [cell for cell in dev_cells(suite, task, budget, method) if cell.learning_rate == rate]
+        wanted = [cell for cell in dev_cells(suite, task, budget, method) if cell.rate == rate]
         if not all(results.done(cell) for cell in wanted):
             return None
         rows = results.of(wanted)
@@ -187,7 +187,7 @@ def sign(row: dict[str, Any], task: TaskPart | None = None) -> int:
 
 
 def make_cell(
-    suite: Suite, task: TaskPart, budget: int, method: MethodPart, *, rate: float, seed: int, stage: Stage
+    suite: Suite, task: TaskPart, budget: int, method: MethodPart, *, rate: Rate, seed: int, stage: Stage
 ) -> Cell:
     """One cell with its resolved recipe.
 
@@ -206,10 +206,12 @@ def make_cell(
         equal=suite.equal,
     )
     fields = recipe.to_dict()
-    fields["training"] |= {"learning_rate": rate, "seed": seed}
+    fields["training"] |= {"learning_rate": rate.learning_rate, "seed": seed}
+    fields["training"].pop("head_learning_rate", None)
+    fields["training"] |= {} if rate.head is None else {"head_learning_rate": rate.head}
     if recipe.adalora is not None and recipe.adalora.draws:
         fields["adalora"]["seed"] = seed
-    name = f"{task_name(task)}-{budget}-{method.name}-{rate:g}-{seed}-{stage}"
+    name = f"{task_name(task)}-{budget}-{method.name}-{rate.learning_rate:g}-{rate.head or 0:g}-{seed}-{stage}"
     folder = suite.folder / "work" / name
     fields["output"] = str(folder)
     return Cell(
@@ -217,7 +219,7 @@ def make_cell(
         budget=budget,
         method=method.name,
         kind=method.kind,
-        learning_rate=rate,
+        rate=rate,
         seed=seed,
         stage=stage,
         recipe=fields,

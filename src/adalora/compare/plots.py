@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -101,11 +101,14 @@ def plot_rates(summary: Summary, task: str, budget: int) -> Figure:
     """Mean dev score against the learning rate."""
     figure, axes = _axes(f"{task}: score against learning rate" + (f", rank {budget}" if budget else ""))
     lines = [x for x in summary.lines if x.task == task and x.budget in (0, budget) and x.dev]
-    for number, method in enumerate(_methods(summary, lines)):
-        line = next(x for x in lines if x.method == method)
-        rates = sorted({row["learning_rate"] for row in line.dev})
-        means = [statistics.fmean(r["score"] for r in line.dev if r["learning_rate"] == rate) for rate in rates]
-        axes.plot(rates, means, label=method, **look(number, marker=True))
+    curves: dict[tuple[str, float], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for method in _methods(summary, lines):
+        for row in next(x for x in lines if x.method == method).dev:
+            curves[method, row.get("head_learning_rate") or 0][row["learning_rate"]].append(row["score"])
+    for number, ((method, head), points) in enumerate(curves.items()):
+        means = sorted((rate, statistics.fmean(scores)) for rate, scores in points.items())
+        name = f"{method}, head {head:g}" if head else method
+        axes.plot(*zip(*means), label=name, **look(number, marker=True))
     axes.set(xscale="log", xlabel="learning rate", ylabel=f"dev {_metric(lines)}")
     return _legend(figure, axes)
 

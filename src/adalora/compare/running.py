@@ -46,7 +46,9 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     started = time.monotonic()
     row: dict[str, Any] = {
         "key": cell.key,
-        **{k: getattr(cell, k) for k in ("task", "budget", "method", "kind", "learning_rate", "seed", "stage")},
+        **{k: getattr(cell, k) for k in ("task", "budget", "method", "kind", "seed", "stage")},
+        "learning_rate": cell.rate.learning_rate,
+        **({} if cell.rate.head is None else {"head_learning_rate": cell.rate.head}),
     }
     try:
         row |= _train(cell)
@@ -147,7 +149,7 @@ def planned(suite: Suite, results: Results) -> list[tuple[Cell, bool, float | No
     plan = []
     for task, budget, method in groups(suite):
         rate = pick_rate(suite, task, budget, method, results=results)
-        rates = sorted(suite.rates(task, method))
+        rates = sorted(suite.rates(task, method), key=lambda each: each.learning_rate)
         cells = dev_cells(suite, task, budget, method)
         cells += cells_of_rate(suite, task, budget, method, rate=rate or rates[len(rates) // 2])
         for cell in cells:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
@@ -14,6 +15,16 @@ from adalora.errors import RecipeError
 from adalora.tasks.recipe.fields import Recipe
 from adalora.tasks.recipe.files import catalogue_folder, load_recipe, read_yaml
 from adalora.tasks.recipe.problems import describe, suggest
+
+
+class Rate(NamedTuple):
+    """A point of a grid: the peak learning rate, and the new head's where it has one of its own."""
+
+    learning_rate: float
+    head: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.learning_rate:g}" + ("" if self.head is None else f", head {self.head:g}")
 
 
 class Part(BaseModel):
@@ -32,6 +43,8 @@ class TaskPart(Part):
         steps: Optimizer steps of every method; by default the suite's.
         budgets: Target ranks for this task; by default the suite's.
         learning_rates: The grid for this task; by default the suite's.
+        head_learning_rates: What `training.head_learning_rate` is tried with, each beside each learning rate; null is
+            the adapter's. By default the recipe's alone.
         metric: What counts; by default the task's main metric.
         higher_is_better: Whether a higher value of it is better; by default by its name.
         seconds: Expected seconds of one cell, for `--dry-run`, until cells have been measured.
@@ -43,9 +56,16 @@ class TaskPart(Part):
     steps: int | None = Field(default=None, ge=1)
     budgets: list[int] | None = Field(default=None, min_length=1)
     learning_rates: list[float] | None = Field(default=None, min_length=1)
+    head_learning_rates: list[float | None] | None = Field(default=None, min_length=1)
     metric: str | None = None
     higher_is_better: bool | None = None
     seconds: float | None = Field(default=None, gt=0)
+
+    @field_validator("head_learning_rates")
+    @classmethod
+    def _positive(cls, value: list[float | None] | None) -> list[float | None] | None:
+        _above_0(value or [])
+        return value
 
 
 class MethodPart(Part):
@@ -57,7 +77,7 @@ class MethodPart(Part):
         adalora: Fields of `AdaLoraConfig` to change; only for methods of this package.
         lora: Fields of `LoraConfig` to change.
         learning_rates: A grid of its own.
-        rate_of: The method whose picked learning rate it takes, untuned itself.
+        rate_of: The method whose picked learning rates it takes, untuned itself.
     """
 
     name: str = Field(min_length=1)
@@ -136,23 +156,23 @@ class Suite(Part):
     @field_validator("learning_rates")
     @classmethod
     def _positive(cls, value: list[float]) -> list[float]:
-        for rate in value:
-            if not rate > 0:
-                raise ValueError(f"{rate} must be above 0")
+        _above_0(value)
         return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Suite:
         names = [method.name for method in self.methods]
-        for what, values in (
+        lists: list[tuple[str, list[Any]]] = [
             ("methods", names),
             ("seeds", self.seeds),
             ("tuning_seeds", self.tuning_seeds),
             ("learning_rates", self.learning_rates),
             ("budgets", self.budgets),
             ("tasks", [task_name(task) for task in self.tasks]),
-        ):
-            twice = sorted({str(v) for v in values if list(values).count(v) > 1})
+            *[("head_learning_rates", task.head_learning_rates or []) for task in self.tasks],
+        ]
+        for what, values in lists:
+            twice = sorted({str(v) for v in values if values.count(v) > 1})
             if twice:
                 raise ValueError(f"{what}: {', '.join(twice)} comes twice; give tasks and methods names of their own")
         tuned = [method.name for method in self.methods if method.rate_of is None]
@@ -180,10 +200,12 @@ class Suite(Part):
         """The method of that name."""
         return next(method for method in self.methods if method.name == name)
 
-    def rates(self, task: TaskPart, method: MethodPart) -> list[float]:
-        """The grid that a method's learning rate is picked from, by itself or by the method that it follows."""
+    def rates(self, task: TaskPart, method: MethodPart) -> list[Rate]:
+        """The grid that a method's learning rates are picked from, by itself or by the method that it follows."""
         chooser = method if method.rate_of is None else self.method(method.rate_of)
-        return chooser.learning_rates or task.learning_rates or self.learning_rates
+        rates = chooser.learning_rates or task.learning_rates or self.learning_rates
+        heads = task.head_learning_rates or [self.recipe(task).training.head_learning_rate]
+        return [Rate(rate, head) for rate in rates for head in heads]
 
     def recipe(self, task: TaskPart) -> Recipe:
         """A task's recipe with its overrides, for the steps of the suite.
@@ -209,6 +231,12 @@ class Suite(Part):
 def task_name(task: TaskPart) -> str:
     """A task's name in tables."""
     return task.name or Path(task.recipe.replace(":", "-")).stem
+
+
+def _above_0(rates: Iterable[float | None]) -> None:
+    for rate in rates:
+        if rate is not None and not rate > 0:
+            raise ValueError(f"{rate} must be above 0")
 
 
 def load_suite(source: str | Path, *, output: str | None = None) -> Suite:

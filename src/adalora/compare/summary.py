@@ -11,7 +11,7 @@ import numpy as np
 
 from adalora.compare.cells import Results, cells_of_rate, dev_cells, groups, pick_rate, sign
 from adalora.compare.statistics import Comparison, Interval, compare, holm, interval
-from adalora.compare.suite import Suite, task_name
+from adalora.compare.suite import Rate, Suite, task_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Line:
         method: Its name.
         metric: What is compared; empty while nothing was measured.
         better: 1 where a higher score is better, else -1.
-        learning_rate: As picked on dev; None while it is not.
+        rate: As picked on dev; None while it is not.
         tests: Rows of the test cells that have a score, by seed.
         dev: Rows of the dev cells that have a score.
         trouble: What did not work, in words.
@@ -38,7 +38,7 @@ class Line:
     method: str
     metric: str = ""
     better: int = 1
-    learning_rate: float | None = None
+    rate: Rate | None = None
     tests: dict[int, dict[str, Any]] = field(default_factory=dict)
     dev: list[dict[str, Any]] = field(default_factory=list)
     trouble: str = ""
@@ -139,7 +139,7 @@ def _line(suite: Suite, group: Any, results: Results) -> Line:
         method=method.name,
         metric=good[0]["metric"] if good else "",
         better=sign(good[0], task) if good else 1,
-        learning_rate=rate,
+        rate=rate,
         tests={row["seed"]: row for row in tests if row["status"] == "ok"},
         dev=[row for row in dev if row["status"] == "ok"],
         trouble="; ".join(sorted(errors)),

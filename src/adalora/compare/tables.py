@@ -89,7 +89,7 @@ def _row(summary: Summary, line: Line) -> list[str]:
     return [
         line.method,
         "–" if math.isnan(size) else f"{size:,.0f}",
-        "–" if line.learning_rate is None else f"{line.learning_rate:g}",
+        "–" if line.rate is None else str(line.rate),
         score,
         _gain(found.difference) if found else "",
         f"{found.wins}–{found.losses}" if found else "",
