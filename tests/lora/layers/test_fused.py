@@ -241,3 +241,13 @@ def test_what_is_of_another_type_is_cast_as_autograd_s_casts_are(inside, order):
         assert actual.dtype == leaf.dtype
         rtol = 0 if order == 1 else 1e-2  # of second order several parts are added up, each in bfloat16 or in float32
         torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol)
+
+
+def test_a_lambda_of_another_type_alone():
+    x, _, Q, P = operands(dtype=torch.bfloat16)
+    weights = torch.tensor([0.3, -1.2], requires_grad=True)
+    base = torch.zeros(2, 3, 4, dtype=torch.bfloat16)
+    out = fused_lora(x, base, Q, P, scale=0.7, lambda_r=weights)
+    narrow = fused_lora(x, base, Q, P, scale=0.7, lambda_r=weights.detach().bfloat16())
+    torch.testing.assert_close(out, narrow, rtol=0, atol=0)
+    assert torch.autograd.grad(out.float().sum(), weights)[0].dtype == torch.float32

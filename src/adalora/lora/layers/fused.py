@@ -88,7 +88,7 @@ class _FusedLora(torch.autograd.Function):
         if base is None:
             base, in_place = functional.linear(x, cast(Tensor, weight_oi), bias_o), True
         cast_too: tuple[Tensor | None, ...] = ()
-        if Q_ri.dtype != dtype or P_or.dtype != dtype:
+        if Q_ri.dtype != dtype or P_or.dtype != dtype or (lambda_r is not None and lambda_r.dtype != dtype):
             Q_ri, P_or = Q_ri.to(dtype), P_or.to(dtype)
             lambda_r = None if lambda_r is None else lambda_r.to(dtype)
             cast_too = (Q_ri, P_or, lambda_r)
