@@ -54,9 +54,10 @@ def test_every_suite_s_rows_are_on_the_page():
     assert {path.stem for path in RESULTS.glob("*.jsonl")} - others == set(parts())
 
 
-def test_readme_repeats_the_tables_of_the_suite_small():
+@pytest.mark.parametrize("suite", ["small", "heads"])
+def test_readme_repeats_the_tables_of_two_tasks(suite):
     rows = re.findall(
-        r"^\| (lora|ours) \| [\d,]+ \| [\d.]+ \| ([\d.]+) ± [\d.]+ \| (.*?) \|", parts()["small"], re.MULTILINE
+        r"^\| (lora|ours) \| [\d,]+ \| [^|]+ \| ([\d.]+) ± [\d.]+ \| (.*?) \|", parts()[suite], re.MULTILINE
     )
     text = flowing("README.md")
     for (_, lora, _), (_, ours, told) in zip(rows[::2], rows[1::2], strict=True):
