@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from adalora.compare.cells import RESULTS, Results, dev_cells, groups, picked_cells
 from adalora.compare.plots import plot_all_curves, plot_differences
 from adalora.compare.report import markdown
-from adalora.compare.suite import Suite, load_suite
+from adalora.compare.suite import Rate, Suite, load_suite
 from adalora.compare.summary import Summary, summarize
 from adalora.report.style import SERIES, STYLE
 from benchmarks import pages
@@ -51,15 +51,14 @@ def published(suite: Suite, path: Path) -> tuple[Suite, Results]:
     for row in results.rows.values():
         named = [m.name for m in suite.methods if m.name == row["method"]]
         (method,) = named or [m.name for m in suite.methods if m.kind == row["kind"]]
-        rates = row["learning_rate"], row.get("head_learning_rate")
-        rows[row["task"], row["budget"], method, *rates, row["seed"], row["stage"]] = row
+        rows[row["task"], row["budget"], method, Rate.of(row), row["seed"], row["stage"]] = row
     here = {method for _, _, method, *_ in rows}
     suite = suite.model_copy(update={"methods": [m for m in suite.methods if m.name in here]})
     results.rows = {}
     for cells in (dev_cells, partial(picked_cells, results=results)):
         for group in groups(suite):
             for c in cells(suite, *group):
-                row = rows.get((c.task, c.budget, c.method, *c.rate, c.seed, c.stage))
+                row = rows.get((c.task, c.budget, c.method, c.rate, c.seed, c.stage))
                 results.rows |= {} if row is None else {c.key: row}
     return suite, results
 

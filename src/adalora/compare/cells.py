@@ -169,8 +169,9 @@ def pick_rate(suite: Suite, task: TaskPart, budget: int, method: MethodPart, *, 
     if method.rate_of is not None:
         return pick_rate(suite, task, budget, suite.method(method.rate_of), results=results)
     means: dict[Rate, float] = {}
+    cells = dev_cells(suite, task, budget, method)
     for rate in rates:
-        wanted = [cell for cell in dev_cells(suite, task, budget, method) if cell.rate == rate]
+        wanted = [cell for cell in cells if cell.rate == rate]
         if not all(results.done(cell) for cell in wanted):
             return None
         rows = results.of(wanted)
@@ -206,9 +207,8 @@ def make_cell(
         equal=suite.equal,
     )
     fields = recipe.to_dict()
-    fields["training"] |= {"learning_rate": rate.learning_rate, "seed": seed}
     fields["training"].pop("head_learning_rate", None)
-    fields["training"] |= {} if rate.head is None else {"head_learning_rate": rate.head}
+    fields["training"] |= {**rate.fields, "seed": seed}
     if recipe.adalora is not None and recipe.adalora.draws:
         fields["adalora"]["seed"] = seed
     name = f"{task_name(task)}-{budget}-{method.name}-{rate.learning_rate:g}-{rate.head or 0:g}-{seed}-{stage}"

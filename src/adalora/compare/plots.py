@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from adalora.compare.suite import Rate
 from adalora.compare.summary import Line, Summary, baseline_of, mean_size, paired
 from adalora.report.style import DASHES, MUTED, SERIES, new_figure, styled
 
@@ -101,13 +102,14 @@ def plot_rates(summary: Summary, task: str, budget: int) -> Figure:
     """Mean dev score against the learning rate."""
     figure, axes = _axes(f"{task}: score against learning rate" + (f", rank {budget}" if budget else ""))
     lines = [x for x in summary.lines if x.task == task and x.budget in (0, budget) and x.dev]
-    curves: dict[tuple[str, float], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    curves: dict[tuple[str, float | None], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for method in _methods(summary, lines):
         for row in next(x for x in lines if x.method == method).dev:
-            curves[method, row.get("head_learning_rate") or 0][row["learning_rate"]].append(row["score"])
+            rate = Rate.of(row)
+            curves[method, rate.head][rate.learning_rate].append(row["score"])
     for number, ((method, head), points) in enumerate(curves.items()):
         means = sorted((rate, statistics.fmean(scores)) for rate, scores in points.items())
-        name = f"{method}, head {head:g}" if head else method
+        name = method if head is None else f"{method}, head {head:g}"
         axes.plot(*zip(*means), label=name, **look(number, marker=True))
     axes.set(xscale="log", xlabel="learning rate", ylabel=f"dev {_metric(lines)}")
     return _legend(figure, axes)

@@ -47,8 +47,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     row: dict[str, Any] = {
         "key": cell.key,
         **{k: getattr(cell, k) for k in ("task", "budget", "method", "kind", "seed", "stage")},
-        "learning_rate": cell.rate.learning_rate,
-        **({} if cell.rate.head is None else {"head_learning_rate": cell.rate.head}),
+        **cell.rate.fields,
     }
     try:
         row |= _train(cell)

@@ -23,6 +23,17 @@ class Rate(NamedTuple):
     learning_rate: float
     head: float | None = None
 
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Rate:
+        """That of a row of results."""
+        return cls(row["learning_rate"], row.get("head_learning_rate"))
+
+    @property
+    def fields(self) -> dict[str, float]:
+        """As rows of results and a recipe's training have it."""
+        found = {"learning_rate": self.learning_rate, "head_learning_rate": self.head}
+        return {name: rate for name, rate in found.items() if rate is not None}
+
     def __str__(self) -> str:
         return f"{self.learning_rate:g}" + ("" if self.head is None else f", head {self.head:g}")
 
