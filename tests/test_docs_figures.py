@@ -119,6 +119,14 @@ def test_readme_repeats_the_time_of_a_whole_run():
     assert f"PEFT's AdaLoRA takes {spread(run['peft_adalora'])}" in flowing("README.md")
 
 
+def test_readme_repeats_the_times_on_a_gpu():
+    shapes = json.loads((RESULTS / "cuda.json").read_text(encoding="utf-8"))["shapes"].values()
+    runs = [shape[precision]["run"] for shape in shapes for precision in ("fp32", "bf16 autocast")]
+    ours, theirs = ([run[method]["median"] for run in runs] for method in ("ours", "peft_adalora"))
+    told = [f"{min(ratios):.2f} to {max(ratios):.2f}" for ratios in (ours, theirs)]
+    assert f"On an H200 it is {told[0]}, and {told[1]}" in flowing("README.md")
+
+
 def test_the_table_of_the_host_s_part_is_the_measurement():
     for name, title in (("dropout 0.0", "no dropout"), ("dropout 0.1", "dropout 0.1")):
         cells = [spread(OVERHEAD["host"][name][phase]) for phase in ("warmup", "decrease", "final")]

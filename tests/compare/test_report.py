@@ -13,7 +13,7 @@ from adalora.compare.report import html, markdown, write_report
 from adalora.compare.stability import dev_drop, loss_variance, stability
 from adalora.compare.suite import Rate
 from adalora.compare.summary import summarize
-from adalora.compare.tables import pace, rich_tables, sentences
+from adalora.compare.tables import overall, pace, rich_tables, sentences
 
 SCORES = {"lora": 0.70, "ours": 0.75, "rslora": 0.70, "head": 0.5}
 
@@ -99,8 +99,9 @@ def test_pace_counts_steps_to_the_baselines_last_score(summary):
     assert pace(by["ours", 2]) == "10 / 40"
     assert by["head", 0].pace == [(None, 40)] * 5
     assert pace(by["head", 0]) == "not reached / 40"
-    assert pace(dataclasses.replace(by["ours", 2], pace=[(10, 40), (30, 40), (None, 40)])) == "20 / 40 (2 of 3 seeds)"
+    assert pace(dataclasses.replace(by["ours", 2], pace=[(10, 40), (30, 40), (None, 40)])) == "30 / 40 (2 of 3 seeds)"
     assert pace(by["lora", 2]) == ""
+    assert {row[0]: row[-1] for row in overall(summary)} == {"ours": "10 of 10", "rslora": "4 of 10", "head": "0 of 5"}
 
 
 def test_stability_counts_jumps_and_not_the_trend(summary):

@@ -1,6 +1,7 @@
 import pytest
 
-from adalora.compare.suite import load_suite
+from adalora.compare.cells import cells_of_rate
+from adalora.compare.suite import Rate, load_suite
 from adalora.errors import RecipeError
 from adalora.tasks.recipe.files import catalogue_folder
 
@@ -15,7 +16,13 @@ from adalora.tasks.recipe.files import catalogue_folder
         ({"learning_rates": [0.0]}, "0.0 must be above 0"),
         ({"head_learning_rates": [0.1]}, "head_learning_rates"),
         ({"learnin_rates": [1.0]}, "did you mean 'learning_rates'"),
-        ({"methods": ["lora", {"name": "x", "base": "lora", "adalora": {"importance": "ratio"}}]}, "base: ours"),
+        (
+            {"methods": ["lora", {"name": "x", "base": "lora", "adalora": {"importance": "ratio"}}]},
+            "base: svd-lora, random, ours",
+        ),
+        ({"methods": ["lora", {"name": "x", "base": "svd-lora", "start": 2}]}, "start=2 needs base: random, ours"),
+        ({"methods": ["lora", {"name": "x", "base": "ours", "start": 2, "lora": {"r": 4}}]}, "leave one of them out"),
+        ({"methods": ["lora", {"name": "x", "base": "ours", "start": 0.5}]}, "greater than or equal to 1"),
         ({"methods": ["lora", {"name": "ours", "rate_of": "lore"}]}, "rate_of='lore'; methods to follow: lora"),
         ({"methods": ["lora", "head", {"name": "ours", "rate_of": "head"}]}, "methods to follow: lora"),
         ({"methods": ["lora", {"name": "ours", "rate_of": "lora", "learning_rates": [0.1]}]}, "leave one of them out"),
@@ -25,6 +32,14 @@ from adalora.tasks.recipe.files import catalogue_folder
 def test_wrong_fields_are_named_with_what_is_allowed(make_suite, changes, message):
     with pytest.raises(RecipeError, match=message):
         make_suite(**changes)
+
+
+def test_a_start_is_a_multiple_of_each_budget(make_suite):
+    suite = make_suite(methods=["lora", {"name": "double", "base": "ours", "start": 2}], budgets=[1, 3])
+    (_, double) = suite.methods
+    cells = [cells_of_rate(suite, suite.tasks[0], budget, double, rate=Rate(0.1))[0] for budget in (1, 3)]
+    assert [cell.recipe["lora"]["r"] for cell in cells] == [2, 6]
+    assert [cell.recipe["adalora"]["target_rank"] for cell in cells] == [1, 3]
 
 
 @pytest.mark.parametrize(

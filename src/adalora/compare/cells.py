@@ -202,7 +202,7 @@ def make_cell(
         method.kind,
         rank=rank,
         alpha=alpha,
-        lora=method.lora,
+        lora=method.lora_at(rank),
         adalora=method.adalora,
         equal=suite.equal,
     )

@@ -47,6 +47,11 @@ class Method:
         """It is run by this package's controller."""
         return self.adalora is not None
 
+    @property
+    def allocates(self) -> bool:
+        """It has a budget to share out, so that it starts above its target rank."""
+        return self.adaptive and self.initial is not int
+
 
 METHODS: dict[str, Method] = {
     "full": Method(help="all parameters", budgeted=False),

@@ -87,6 +87,7 @@ class MethodPart(Part):
         base: The known method that it varies; by default the one of this name.
         adalora: Fields of `AdaLoraConfig` to change; only for methods of this package.
         lora: Fields of `LoraConfig` to change.
+        start: Initial rank, as a multiple of the target rank; only for methods that allocate.
         learning_rates: A grid of its own.
         rate_of: The method whose picked learning rates it takes, untuned itself.
     """
@@ -95,6 +96,7 @@ class MethodPart(Part):
     base: str = ""
     adalora: dict[str, Any] = {}
     lora: dict[str, Any] = {}
+    start: float | None = Field(default=None, ge=1)
     learning_rates: list[float] | None = Field(default=None, min_length=1)
     rate_of: str | None = None
 
@@ -107,13 +109,23 @@ class MethodPart(Part):
         if self.kind not in METHODS:
             raise ValueError(suggest(self.kind, METHODS, "methods"))
         if self.adalora and not METHODS[self.kind].adaptive:
-            raise ValueError(f"method {self.name!r}: adalora fields need base: ours, svd-lora or random")
+            allowed = [name for name, method in METHODS.items() if method.adaptive]
+            raise ValueError(f"method {self.name!r}: adalora fields need base: {', '.join(allowed)}")
+        if self.start is not None and not METHODS[self.kind].allocates:
+            allowed = [name for name, method in METHODS.items() if method.allocates]
+            raise ValueError(f"method {self.name!r}: start={self.start:g} needs base: {', '.join(allowed)}")
+        if self.start is not None and "r" in self.lora:
+            raise ValueError(f"method {self.name!r}: start and lora.r are the same; leave one of them out")
         return self
 
     @property
     def kind(self) -> str:
         """Name of the known method."""
         return self.base or self.name
+
+    def lora_at(self, rank: int) -> dict[str, Any]:
+        """Fields of `LoraConfig` to change at a target rank."""
+        return self.lora if self.start is None else {**self.lora, "r": round(self.start * rank)}
 
 
 class Suite(Part):

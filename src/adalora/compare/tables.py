@@ -30,23 +30,31 @@ def tables(summary: Summary) -> Iterator[tuple[str, list[list[str]]]]:
 
 
 def overall(summary: Summary) -> list[list[str]]:
-    """Mean difference over all tasks and budgets: method, difference with interval, comparisons, verdict."""
+    """Over all tasks and budgets: method, mean difference with interval, comparisons, verdict, runs that kept pace."""
     return [
-        [name, _gain(gain, digits=2, unit=" %"), str(count), gain.verdict]
+        [name, _gain(gain, digits=2, unit=" %"), str(count), gain.verdict, _kept_pace(summary, name)]
         for name, (gain, count) in summary.overall.items()
     ]
 
 
+def _kept_pace(summary: Summary, method: str) -> str:
+    """How many of a method's runs had the baseline's final dev score in no more steps, of those that can be told."""
+    pairs = [pair for line in summary.lines if line.method == method for pair in line.pace]
+    kept = sum(mine is not None and mine <= theirs for mine, theirs in pairs)
+    return f"{kept} of {len(pairs)}" if pairs else ""
+
+
 def pace(line: Line) -> str:
     """Median steps to the baseline's final dev score / the baseline's; how many seeds got there if not all."""
-    reached = [mine for mine, _ in line.pace if mine is not None]
     if not line.pace:
         return ""
+    mine = statistics.median(math.inf if steps is None else steps for steps, _ in line.pace)
     theirs = statistics.median(steps for _, steps in line.pace)
-    if 2 * len(reached) <= len(line.pace):
+    if math.isinf(mine):
         return f"not reached / {theirs:g}"
-    few = "" if len(reached) == len(line.pace) else f" ({len(reached)} of {len(line.pace)} seeds)"
-    return f"{statistics.median(sorted(reached)):g} / {theirs:g}{few}"
+    reached = sum(steps is not None for steps, _ in line.pace)
+    few = "" if reached == len(line.pace) else f" ({reached} of {len(line.pace)} seeds)"
+    return f"{mine:g} / {theirs:g}{few}"
 
 
 def rich_tables(summary: Summary, *, wide: bool = True) -> Iterator[Table]:
@@ -59,7 +67,7 @@ def rich_tables(summary: Summary, *, wide: bool = True) -> Iterator[Table]:
 
 
 WIDE_ONLY = ("P(better)", "p (Holm)", "pace", "seconds", "parameters", "lr")
-OVERALL = ("method", "difference in % of the score", "comparisons", "verdict")
+OVERALL = ("method", "difference in % of the score", "comparisons", "verdict", "runs that kept pace")
 
 
 def sentences(summary: Summary) -> list[str]:
