@@ -7,6 +7,7 @@ from importlib.metadata import version
 import pytest
 
 from adalora.compare.suite import load_suite
+from adalora.compare.summary import summarize
 from adalora.config import initial_rank
 from benchmarks.publish import FIGURES, published, rendered, svg
 from helpers.docs_blocks import ROOT
@@ -33,12 +34,21 @@ def parts():
     return dict(GENERATED.findall(page("docs/results.md")))
 
 
-@pytest.mark.parametrize("name", parts())
-def test_the_tables_of_a_suite_are_its_rows(name, monkeypatch):
-    monkeypatch.setattr("adalora.tasks.recipe.fields.check_lora_fields", dict)  # checked in the run; here once a cell
+def of_the_file(name):
+    """A published suite and its rows."""
     own = ROOT / "benchmarks" / f"{name}.yaml"
-    suite = load_suite(own if own.is_file() else name)
-    text, drawn = rendered(*published(suite, RESULTS / f"{name}.jsonl"))
+    return published(load_suite(own if own.is_file() else name), RESULTS / f"{name}.jsonl")
+
+
+@pytest.fixture
+def fields_not_checked(monkeypatch):
+    """They were in the run, and would be here once a cell."""
+    monkeypatch.setattr("adalora.tasks.recipe.fields.check_lora_fields", dict)
+
+
+@pytest.mark.parametrize("name", parts())
+def test_the_tables_of_a_suite_are_its_rows(name, fields_not_checked):
+    text, drawn = rendered(*of_the_file(name))
     assert text == parts()[name]
     if version("matplotlib") == MATPLOTLIB:  # another one writes other text
         for file, figure in drawn.items():
@@ -74,6 +84,19 @@ def test_readme_repeats_the_mean_of_the_suite_core():
     told = f"comparisons +{float(mean):.1f} % of LoRA's score ({float(low):.1f} to {float(high):.1f})"
     assert f"{count} {told}" in flowing("README.md")
     assert "worse" not in parts()["core"]
+
+
+def test_the_means_without_banking77_are_those_of_the_rows(fields_not_checked):
+    suite, results = of_the_file("search")
+    others = suite.model_copy(update={"tasks": [task for task in suite.tasks if task.name != "banking77"]})
+    means = {method: gain for method, (gain, _) in summarize(others, results).overall.items()}
+    told = {method: f"{gain.mean:+.2f} % [{gain.low:+.2f}, {gain.high:+.2f}]" for method, gain in means.items()}
+    page = flowing("docs/results.md")
+    assert f"the mean of the other 10 is {told['ours']}" in page
+    assert f"the mean of 10 comparisons is {told['start of 2r']}, the default's {told['ours']}" in page
+    gain = means["ours"]
+    rounded = f"{gain.mean:+.1f} % ({gain.low:.1f} to {gain.high:.1f})"
+    assert f"of the 10 without banking77 on MiniLM {rounded}" in flowing("README.md")
 
 
 def spread(found):
