@@ -14,6 +14,7 @@ from adalora.tasks.recipe.files import catalogue_folder
         ({"steps": None}, "moods needs steps"),
         ({"seeds": [1, 1]}, "seeds: 1 comes twice"),
         ({"learning_rates": [0.0]}, "0.0 must be above 0"),
+        ({"methods": ["lora", {"name": "ours", "learning_rates": [-1.0]}]}, "-1.0 must be above 0"),
         ({"head_learning_rates": [0.1]}, "head_learning_rates"),
         ({"learnin_rates": [1.0]}, "did you mean 'learning_rates'"),
         (
@@ -40,6 +41,11 @@ def test_a_start_is_a_multiple_of_each_budget(make_suite):
     cells = [cells_of_rate(suite, suite.tasks[0], budget, double, rate=Rate(0.1))[0] for budget in (1, 3)]
     assert [cell.recipe["lora"]["r"] for cell in cells] == [2, 6]
     assert [cell.recipe["adalora"]["target_rank"] for cell in cells] == [1, 3]
+
+
+def test_rates_of_a_task_are_above_0(make_suite, recipe_file):
+    with pytest.raises(RecipeError, match=r"0\.0 must be above 0"):
+        make_suite(tasks=[{"recipe": str(recipe_file), "learning_rates": [0.0]}])
 
 
 @pytest.mark.parametrize(

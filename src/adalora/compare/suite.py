@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from adalora.compare.methods import METHODS
 from adalora.errors import RecipeError
@@ -36,6 +35,15 @@ class Rate(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.learning_rate:g}" + ("" if self.head is None else f", head {self.head:g}")
+
+
+def _above_0(rate: float) -> float:
+    if not rate > 0:
+        raise ValueError(f"{rate} must be above 0")
+    return rate
+
+
+PositiveRate: TypeAlias = Annotated[float, AfterValidator(_above_0)]
 
 
 class Part(BaseModel):
@@ -66,17 +74,11 @@ class TaskPart(Part):
     set: dict[str, Any] = {}
     steps: int | None = Field(default=None, ge=1)
     budgets: list[int] | None = Field(default=None, min_length=1)
-    learning_rates: list[float] | None = Field(default=None, min_length=1)
-    head_learning_rates: list[float | None] | None = Field(default=None, min_length=1)
+    learning_rates: list[PositiveRate] | None = Field(default=None, min_length=1)
+    head_learning_rates: list[PositiveRate | None] | None = Field(default=None, min_length=1)
     metric: str | None = None
     higher_is_better: bool | None = None
     seconds: float | None = Field(default=None, gt=0)
-
-    @field_validator("head_learning_rates")
-    @classmethod
-    def _positive(cls, value: list[float | None] | None) -> list[float | None] | None:
-        _above_0(value or [])
-        return value
 
 
 class MethodPart(Part):
@@ -97,7 +99,7 @@ class MethodPart(Part):
     adalora: dict[str, Any] = {}
     lora: dict[str, Any] = {}
     start: float | None = Field(default=None, ge=1)
-    learning_rates: list[float] | None = Field(default=None, min_length=1)
+    learning_rates: list[PositiveRate] | None = Field(default=None, min_length=1)
     rate_of: str | None = None
 
     @model_validator(mode="after")
@@ -155,7 +157,7 @@ class Suite(Part):
     tasks: list[TaskPart] = Field(min_length=1)
     methods: list[MethodPart] = Field(min_length=1)
     baseline: str = "lora"
-    learning_rates: list[float] = Field(min_length=1)
+    learning_rates: list[PositiveRate] = Field(min_length=1)
     tuning_seeds: list[int] = Field(default=[0], min_length=1)
     seeds: list[int] = Field(default=[1, 2, 3, 4, 5], min_length=1)
     steps: int | None = Field(default=None, ge=1)
@@ -175,12 +177,6 @@ class Suite(Part):
     @classmethod
     def _short_methods(cls, value: Any) -> Any:
         return [{"name": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
-
-    @field_validator("learning_rates")
-    @classmethod
-    def _positive(cls, value: list[float]) -> list[float]:
-        _above_0(value)
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Suite:
@@ -254,12 +250,6 @@ class Suite(Part):
 def task_name(task: TaskPart) -> str:
     """A task's name in tables."""
     return task.name or Path(task.recipe.replace(":", "-")).stem
-
-
-def _above_0(rates: Iterable[float | None]) -> None:
-    for rate in rates:
-        if rate is not None and not rate > 0:
-            raise ValueError(f"{rate} must be above 0")
 
 
 def load_suite(source: str | Path, *, output: str | None = None) -> Suite:
