@@ -26,7 +26,6 @@ from adalora.tasks.recipe.files import catalogue_folder
         ({"methods": ["lora", {"name": "x", "base": "ours", "start": 0.5}]}, "greater than or equal to 1"),
         ({"methods": ["lora", {"name": "ours", "rate_of": "lore"}]}, "rate_of='lore'; methods to follow: lora"),
         ({"methods": ["lora", "head", {"name": "ours", "rate_of": "head"}]}, "methods to follow: lora"),
-        ({"methods": ["lora", {"name": "ours", "rate_of": "lora", "learning_rates": [0.1]}]}, "leave one of them out"),
         ({"tasks": ["no-such-recipe"]}, "no-such-recipe"),
     ],
 )
@@ -55,6 +54,21 @@ def test_rates_of_a_task_are_above_0(make_suite, recipe_file):
 def test_rates_of_the_head_are_a_task_s_and_above_0(make_suite, recipe_file, rates, message):
     with pytest.raises(RecipeError, match=message):
         make_suite(tasks=[{"recipe": str(recipe_file), "head_learning_rates": rates}])
+
+
+def test_a_method_s_grid_for_the_head_comes_before_the_task_s(make_suite, recipe_file):
+    methods = ["lora", {"name": "head", "head_learning_rates": [0.3, None]}, {"name": "ours", "rate_of": "lora"}]
+    suite = make_suite(
+        tasks=[{"recipe": str(recipe_file), "head_learning_rates": [0.1]}], methods=methods, learning_rates=[0.01]
+    )
+    found = [suite.rates(suite.tasks[0], method) for method in suite.methods]
+    assert found == [[Rate(0.01, 0.1)], [Rate(0.01, 0.3), Rate(0.01, None)], [Rate(0.01, 0.1)]]
+
+
+@pytest.mark.parametrize("grid", ["learning_rates", "head_learning_rates"])
+def test_a_grid_beside_rate_of_is_refused(make_suite, grid):
+    with pytest.raises(RecipeError, match=f"method 'ours': {grid} has no effect beside rate_of"):
+        make_suite(methods=["lora", {"name": "ours", "rate_of": "lora", grid: [0.1]}])
 
 
 def test_unknown_override_of_a_recipe_is_refused(make_suite, recipe_file):

@@ -91,6 +91,7 @@ class MethodPart(Part):
         lora: Fields of `LoraConfig` to change.
         start: Initial rank, as a multiple of the target rank; only for methods that allocate.
         learning_rates: A grid of its own.
+        head_learning_rates: A grid of its own for the new head.
         rate_of: The method whose picked learning rates it takes, untuned itself.
     """
 
@@ -100,14 +101,14 @@ class MethodPart(Part):
     lora: dict[str, Any] = {}
     start: float | None = Field(default=None, ge=1)
     learning_rates: list[PositiveRate] | None = Field(default=None, min_length=1)
+    head_learning_rates: list[PositiveRate | None] | None = Field(default=None, min_length=1)
     rate_of: str | None = None
 
     @model_validator(mode="after")
     def _known(self) -> MethodPart:
-        if self.rate_of is not None and self.learning_rates is not None:
-            raise ValueError(
-                f"method {self.name!r}: learning_rates has no effect beside rate_of; leave one of them out"
-            )
+        for grid in ("learning_rates", "head_learning_rates"):
+            if self.rate_of is not None and getattr(self, grid) is not None:
+                raise ValueError(f"method {self.name!r}: {grid} has no effect beside rate_of; leave one of them out")
         if self.kind not in METHODS:
             raise ValueError(suggest(self.kind, METHODS, "methods"))
         if self.adalora and not METHODS[self.kind].adaptive:
@@ -189,6 +190,7 @@ class Suite(Part):
             ("budgets", self.budgets),
             ("tasks", [task_name(task) for task in self.tasks]),
             *[("head_learning_rates", task.head_learning_rates or []) for task in self.tasks],
+            *[("head_learning_rates", method.head_learning_rates or []) for method in self.methods],
         ]
         for what, values in lists:
             twice = sorted({str(v) for v in values if values.count(v) > 1})
@@ -223,7 +225,8 @@ class Suite(Part):
         """The grid that a method's learning rates are picked from, by itself or by the method that it follows."""
         chooser = method if method.rate_of is None else self.method(method.rate_of)
         rates = chooser.learning_rates or task.learning_rates or self.learning_rates
-        heads = task.head_learning_rates or [self.recipe(task).training.head_learning_rate]
+        own = self.recipe(task).training.head_learning_rate
+        heads = chooser.head_learning_rates or task.head_learning_rates or [own]
         return [Rate(rate, head) for rate in rates for head in heads]
 
     def recipe(self, task: TaskPart) -> Recipe:
