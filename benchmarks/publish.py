@@ -19,9 +19,10 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from adalora.compare.cells import RESULTS, Results, dev_cells, groups, picked_cells
+from adalora.compare.files import load_suite
 from adalora.compare.plots import plot_all_curves, plot_differences
 from adalora.compare.report import markdown
-from adalora.compare.suite import Rate, Suite, load_suite
+from adalora.compare.suite import Rate, Suite
 from adalora.compare.summary import Summary, summarize
 from adalora.report.style import SERIES, STYLE
 from benchmarks import pages

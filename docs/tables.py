@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import typer
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from adalora.cli import commands
+from adalora.compare.files import read_suite
 from adalora.config import AdaLoraConfig
 from adalora.report.thresholds import DiagnosticThresholds
 from adalora.tasks.recipe.fields import DataPart, ModelPart, Published, Recipe, TrainingPart
@@ -177,7 +177,7 @@ def suites_table() -> str:
     """Every suite of the package."""
     rows = []
     for file in sorted((catalogue_folder() / "suites").glob("*.yaml")):
-        suite = yaml.safe_load(file.read_text(encoding="utf-8"))
+        suite = read_suite(file)
         named = [
             [part if isinstance(part, str) else part["name"] for part in suite[key]] for key in ("tasks", "methods")
         ]

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import pytest
 
-from adalora.compare.suite import load_suite
+from adalora.compare.files import load_suite
 from adalora.compare.summary import summarize
 from adalora.config import initial_rank
 from benchmarks.publish import FIGURES, published, rendered, svg

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from adalora.cli import commands as all_commands
-from adalora.compare.suite import load_suite
+from adalora.compare.files import load_suite
 from adalora.tasks.recipe.fields import Recipe
 from adalora.tasks.recipe.files import find_recipe
 from helpers.docs_blocks import ROOT, blocks, commands, pages

@@ -34,7 +34,7 @@ def recipe_file(tmp_path, tiny_model):
 
 @pytest.fixture
 def make_suite(tmp_path, recipe_file):
-    from adalora.compare.suite import load_suite
+    from adalora.compare.files import load_suite
 
     def make(**changes):
         fields = {

@@ -1,9 +1,8 @@
 import pytest
 
 from adalora.compare.cells import cells_of_rate
-from adalora.compare.suite import Rate, load_suite
+from adalora.compare.suite import Rate
 from adalora.errors import RecipeError
-from adalora.tasks.recipe.files import catalogue_folder
 
 
 @pytest.mark.parametrize(
@@ -74,10 +73,3 @@ def test_a_grid_beside_rate_of_is_refused(make_suite, grid):
 def test_unknown_override_of_a_recipe_is_refused(make_suite, recipe_file):
     with pytest.raises(RecipeError, match="batch_size"):
         make_suite(tasks=[{"recipe": str(recipe_file), "set": {"training.batch_sise": 4}}])
-
-
-def test_suites_of_the_package_are_valid():
-    for file in (catalogue_folder() / "suites").glob("*.yaml"):
-        assert load_suite(file.stem).tasks
-    with pytest.raises(RecipeError, match="did you mean 'smoke'"):
-        load_suite("smok")

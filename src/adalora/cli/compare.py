@@ -31,9 +31,9 @@ def compare(
     from rich.console import Console
 
     from adalora.compare.cells import RESULTS, Results
+    from adalora.compare.files import load_suite
     from adalora.compare.report import write_report
     from adalora.compare.running import quiet, run_suite
-    from adalora.compare.suite import load_suite
     from adalora.compare.summary import summarize
     from adalora.compare.tables import rich_tables
 

@@ -6,14 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
-import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from adalora.compare.methods import METHODS
-from adalora.errors import RecipeError
 from adalora.tasks.recipe.fields import Recipe
-from adalora.tasks.recipe.files import catalogue_folder, load_recipe, read_yaml
-from adalora.tasks.recipe.problems import describe, suggest
+from adalora.tasks.recipe.files import load_recipe
+from adalora.tasks.recipe.problems import suggest
 
 
 class Rate(NamedTuple):
@@ -253,47 +251,6 @@ class Suite(Part):
 def task_name(task: TaskPart) -> str:
     """A task's name in tables."""
     return task.name or Path(task.recipe.replace(":", "-")).stem
-
-
-def load_suite(source: str | Path, *, output: str | None = None) -> Suite:
-    """Read a suite and check every recipe that it names.
-
-    Args:
-        source: A YAML file, or the name of a suite that comes with the package (`core`, `smoke`).
-        output: Folder in place of the suite's.
-
-    Raises:
-        RecipeError: No such file, not YAML, or a field is wrong.
-    """
-    path = find_suite(source)
-    fields = read_yaml(path)
-    fields.setdefault("name", path.stem)
-    fields.setdefault("output", f"runs/compare-{fields['name']}")
-    if output is not None:
-        fields["output"] = output
-    try:
-        suite = Suite.model_validate(fields)
-    except pydantic.ValidationError as error:
-        raise RecipeError(f"{path.name}: {describe(error, Suite)}") from error
-    for task in suite.tasks:
-        suite.recipe(task)
-    return suite
-
-
-def find_suite(source: str | Path) -> Path:
-    """The file that a name or path stands for.
-
-    Raises:
-        RecipeError: There is none.
-    """
-    path = Path(source)
-    if path.is_file():
-        return path
-    folder = catalogue_folder() / "suites"
-    if (folder / f"{source}.yaml").is_file():
-        return folder / f"{source}.yaml"
-    known = sorted(file.stem for file in folder.glob("*.yaml"))
-    raise RecipeError(f"suite {str(source)!r}: {suggest(str(source), known, 'suites')}, or give a YAML file")
 
 
 Stage = Literal["dev", "test"]
