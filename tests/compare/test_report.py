@@ -101,7 +101,11 @@ def test_pace_counts_steps_to_the_baselines_last_score(summary):
     assert pace(by["head", 0]) == "not reached / 40"
     assert pace(dataclasses.replace(by["ours", 2], pace=[(10, 40), (30, 40), (None, 40)])) == "30 / 40 (2 of 3 seeds)"
     assert pace(by["lora", 2]) == ""
-    assert {row[0]: row[-1] for row in overall(summary)} == {"ours": "10 of 10", "rslora": "4 of 10", "head": "0 of 5"}
+    assert {row[0]: row[-1] for row in overall(summary)} == {
+        "ours": "10 of 10 (72% to 100%)",
+        "rslora": "4 of 10 (17% to 69%)",
+        "head": "0 of 5 (0% to 43%)",
+    }
 
 
 def test_stability_counts_jumps_and_not_the_trend(summary):

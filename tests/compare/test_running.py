@@ -128,6 +128,31 @@ def test_changed_settings_are_new_cells_and_new_names_are_not(make_suite, recipe
     assert keys(output="elsewhere", tasks=[{"recipe": str(recipe_file), "name": "other"}]) == base
 
 
+def test_another_metric_counts_in_what_has_been_run(make_suite, recipe_file, tmp_path):
+    def of(metric):
+        tasks = [{"recipe": str(recipe_file), "metric": metric}]
+        suite = make_suite(methods=["lora"], learning_rates=[0.1, 0.01], tasks=tasks)
+        return suite, (suite.tasks[0], 2, suite.methods[0])
+
+    suite, group = of("accuracy")
+    results = Results(tmp_path / RESULTS)
+    for cell in [c for rate in (0.1, 0.01) for c in cells_of_rate(suite, *group, rate=Rate(rate))]:
+        results.add(fake(cell, 0.9, dev_curve=[[1, 0.9]], scores={"accuracy": 0.9, "loss": 4.0}))
+    for cell in dev_cells(suite, *group):
+        first = cell.rate.learning_rate == 0.1
+        results.add(fake(cell, 0.9 if first else 0.8, scores={"accuracy": 0.9, "loss": 2.0 if first else 1.0}))
+    assert pick_rate(suite, *group, results=results) == Rate(0.1)
+
+    suite, group = of("loss")
+    assert pick_rate(suite, *group, results=results) == Rate(0.01)  # lower is better
+    rows = results.of(picked_cells(suite, *group, results=results))
+    assert {(row["metric"], row["score"], len(row["dev_curve"])) for row in rows} == {("loss", 4.0, 0)}
+
+    suite, group = of("f7")
+    with pytest.raises(DataError, match=r"tasks\.metric='f7': moods has accuracy, loss"):
+        results.of(cells_of_rate(suite, *group, rate=Rate(0.1)))
+
+
 def test_a_torn_last_line_is_left_out_and_closed(make_suite, tmp_path):
     suite = make_suite(methods=["lora"], seeds=[1, 2, 3])
     cells = cells_of_rate(suite, suite.tasks[0], 2, suite.methods[0], rate=Rate(0.01))

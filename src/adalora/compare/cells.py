@@ -120,12 +120,30 @@ class Results:
         return self.rows.get(cell.key, {}).get("status") in ("ok", "refused", "diverged")
 
     def of(self, cells: Iterable[Cell]) -> list[dict[str, Any]]:
-        """Rows of those cells that have one, under the names that the suite gives them now."""
+        """Rows of those cells that have one, under the names that the suite gives them now, by what counts in it now.
+
+        Raises:
+            DataError: The cell was run before the suite counted its metric, which was not measured.
+        """
         return [
-            {**self.rows[cell.key], "task": cell.task, "method": cell.method, "budget": cell.budget}
+            _counted(self.rows[cell.key] | {"task": cell.task, "method": cell.method, "budget": cell.budget}, cell)
             for cell in cells
             if cell.key in self.rows
         ]
+
+
+def _counted(row: dict[str, Any], cell: Cell) -> dict[str, Any]:
+    """A row by the metric of the suite, where another one counted when it was made: what was run is the same."""
+    if cell.metric in (None, row.get("metric")) or row["status"] != "ok":
+        return row
+    if cell.metric not in row["scores"]:
+        raise unknown_metric(cell, row["scores"])
+    return row | {"metric": cell.metric, "score": row["scores"][cell.metric], "dev_curve": []}
+
+
+def unknown_metric(cell: Cell, scores: Iterable[str]) -> DataError:
+    """What to raise where a task has no such metric."""
+    return DataError(f"tasks.metric={cell.metric!r}: {cell.task} has {', '.join(scores)}")
 
 
 def groups(suite: Suite) -> list[tuple[TaskPart, int, MethodPart]]:

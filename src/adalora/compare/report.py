@@ -18,8 +18,9 @@ NOTE = (
     "P(better) is the chance that a run of the method beats one of {baseline}; p is of the paired t-test, corrected "
     "by Holm for all comparisons of this page; pace is the median number of steps until the dev score is what "
     "{baseline} ends with on that seed, and {baseline}'s own; of the runs of a method that is as good as {baseline} "
-    "about half keep that pace. Every learning rate was picked on the dev split with seeds {tuning}; the test split "
-    "was touched once per seed ({seeds}). Parameters are those in use at the end, without a new head."
+    "about half keep that pace, and beside their number is the interval of the share. Every learning rate was picked "
+    "on the dev split with seeds {tuning}; the test split was touched once per seed ({seeds}). Parameters are those in "
+    "use at the end, without a new head."
 )
 STABILITY_NOTE = (
     "Stability, means over the seeds: variance of the logged loss around its trend in the second half; mean loss of "

@@ -27,9 +27,10 @@ from adalora.compare.cells import (
     pick_rate,
     picked_cells,
     sign,
+    unknown_metric,
 )
 from adalora.compare.suite import Suite
-from adalora.errors import AdaLoraError, DataError, OutOfMemory, TrainingError
+from adalora.errors import AdaLoraError, OutOfMemory, TrainingError
 
 PACKAGES = ("adalora", "torch", "peft", "transformers", "datasets", "scipy")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -86,7 +87,7 @@ def _train(cell: Cell) -> dict[str, Any]:
     metric = cell.metric or result.metrics["main_metric"]
     scores = result.metrics["scores"]
     if metric not in scores:
-        raise DataError(f"tasks.metric={metric!r}: {cell.task} has {', '.join(scores)}")
+        raise unknown_metric(cell, scores)
     log = result.trainer.state.log_history
     row = {
         "status": "ok" if math.isfinite(scores[metric]) else "diverged",

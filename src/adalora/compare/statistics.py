@@ -117,6 +117,12 @@ def interval(gains: Sequence[Sequence[float] | np.ndarray], *, confidence: float
     return Interval(mean, float(found.low), float(found.high))
 
 
+def share_interval(count: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a share, `count` of `total` ≥ 1 independent trials."""
+    found = stats.binomtest(count, total).proportion_ci(confidence, method="wilson")
+    return float(found.low), float(found.high)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction; NaN entries are not counted and stay."""
     values = np.asarray(p_values, dtype=float)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from adalora.compare.statistics import Interval
+from adalora.compare.statistics import Interval, share_interval
 from adalora.compare.summary import Line, Summary
 
 COLUMNS = (
@@ -38,10 +38,16 @@ def overall(summary: Summary) -> list[list[str]]:
 
 
 def _kept_pace(summary: Summary, method: str) -> str:
-    """How many of a method's runs had the baseline's final dev score in no more steps, of those that can be told."""
+    """How many of a method's runs had the baseline's final dev score in no more steps, of those that can be told.
+
+    Beside it the interval of the share, which holds a half for a method that is as good as the baseline.
+    """
     pairs = [pair for line in summary.lines if line.method == method for pair in line.pace]
+    if not pairs:
+        return ""
     kept = sum(mine is not None and mine <= theirs for mine, theirs in pairs)
-    return f"{kept} of {len(pairs)}" if pairs else ""
+    low, high = share_interval(kept, len(pairs), confidence=summary.suite.confidence)
+    return f"{kept} of {len(pairs)} ({low:.0%} to {high:.0%})"
 
 
 def pace(line: Line) -> str:
