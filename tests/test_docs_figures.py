@@ -7,7 +7,7 @@ from importlib.metadata import version
 import pytest
 
 from adalora.compare.files import load_suite
-from adalora.compare.statistics import share_interval
+from adalora.compare.statistics import interval, share_interval
 from adalora.compare.summary import summarize
 from adalora.config import initial_rank
 from benchmarks.publish import FIGURES, published, rendered, svg
@@ -120,6 +120,33 @@ def test_how_many_runs_kept_pace_is_what_the_rows_say(fields_not_checked):
     assert f"airline {kept['airline']}, STS-B {kept['stsb']}, MPNet {kept['banking77-mpnet']} " in page
     assert "MPNet {} ({} to {} %)".format(kept["banking77-mpnet"], *low["banking77-mpnet"]) in page
     assert "E2E {} ({} to {} %)".format(kept["e2e"], *low["e2e"]) in page
+
+
+def test_the_first_hundred_steps_are_told_as_the_rows_have_them(fields_not_checked):
+    lines = {(line.task, line.budget, line.method): line for line in summarize(*of_the_file("core")).lines}
+
+    def lead(task, budget, step):
+        """Of the default in the dev score, over the seeds."""
+        mine, theirs = (lines[task, budget, method] for method in ("ours", "lora"))
+        at = [[dict(line.tests[seed]["dev_curve"])[step] for seed in sorted(line.tests)] for line in (mine, theirs)]
+        return interval([[mine.better * (a - b) for a, b in zip(*at)]])
+
+    found = {key[:2]: lead(*key[:2], 100) for key in lines if key[0] not in ("e2e", "squad2-half")}
+    verdicts = {key: gain.verdict for key, gain in found.items()}
+    ahead = {("banking77", 1), ("banking77", 3), ("airline", 3), ("banking77-mpnet", 4)}
+    assert {key for key, verdict in verdicts.items() if verdict == "better"} == ahead
+    assert list(verdicts.values()).count("no difference shown") == 4
+    told = {key: f"{gain.mean:+.3f}" for key, gain in found.items()}
+    page = flowing("docs/results.md")
+    assert (
+        f"banking77 ({told['banking77', 1]} and {told['banking77', 3]}), airline at rank 3 ({told['airline', 3]})"
+        in page
+    )
+    assert f"MPNet at rank 4 ({told['banking77-mpnet', 4]}), on the other four level" in page
+    early = [f"{-lead('stsb', rank, 50).mean:.3f}" for rank in (1, 3)]
+    late = [f"{-lead('e2e', rank, 90).mean:.3f}" for rank in (1, 2)]
+    assert "by {} and {}, just after the hand-over".format(*early) in page
+    assert "by {} and {} nats at 90".format(*late) in page
 
 
 def spread(found):
