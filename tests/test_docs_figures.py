@@ -78,6 +78,14 @@ def test_readme_repeats_the_tables_of_two_tasks(suite):
     assert len(rows) == 4
 
 
+def test_readme_repeats_the_table_of_tuned_methods():
+    found = dict(re.findall(r"^\| (\S+) \| [\d,]+ \| [^|]+ \| ([\d.]+) ± ", parts()["rivals"], re.MULTILINE))
+    ours, lora, theirs, chance = (f"{float(found[name]):.3f}" for name in ("ours", "lora", "peft-adalora", "random"))
+    told = f"the default {ours}, LoRA {lora}, PEFT's AdaLoRA {theirs} with more parameters, random allocation {chance}"
+    assert told in flowing("README.md")
+    assert max(found, key=lambda name: float(found[name])) == "ours"
+
+
 def test_readme_repeats_the_mean_of_the_suite_core():
     mean, low, high, count = re.search(
         r"^\| ours \| \+([\d.]+) % \[\+([\d.]+), \+([\d.]+)\] \| (\d+) \|", parts()["core"], re.MULTILINE
