@@ -53,7 +53,7 @@ def test_extending_goes_on_through_several_and_finds_those_of_the_package(write)
     [
         ("smok", r"more\.yaml: extends: suite 'smok': unknown; did you mean 'smoke'"),
         ("more.yaml", r"more\.yaml: extends: extends='more\.yaml' leads back"),
-        (3, r"more\.yaml: extends"),
+        (3, r"more\.yaml: extends: suite '3': unknown"),
     ],
 )
 def test_what_cannot_be_extended_is_named(write, extends, message):

@@ -66,7 +66,7 @@ def test_a_method_s_grid_for_the_head_comes_before_the_task_s(make_suite, recipe
 
 @pytest.mark.parametrize("grid", ["learning_rates", "head_learning_rates"])
 def test_a_grid_beside_rate_of_is_refused(make_suite, grid):
-    with pytest.raises(RecipeError, match=f"method 'ours': {grid} has no effect beside rate_of"):
+    with pytest.raises(RecipeError, match=f"method 'ours': {grid} has no effect beside rate_of; leave one of them out"):
         make_suite(methods=["lora", {"name": "ours", "rate_of": "lora", grid: [0.1]}])
 
 

@@ -51,12 +51,14 @@ def read_suite(path: Path, *, through: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = fields.pop("extends", None)
     if base is None:
         return fields
+    through = (*through, path.resolve())
+    beside = path.parent / str(base)
     try:
-        found = find_suite(path.parent / base if (path.parent / base).is_file() else base).resolve()
-        if found in (*through, path.resolve()):
+        found = find_suite(beside if beside.is_file() else str(base))
+        if found.resolve() in through:
             raise RecipeError(f"extends={base!r} leads back to a suite that is being read")
-        inherited = read_suite(found, through=(*through, path.resolve()))
-    except (RecipeError, TypeError) as error:
+        inherited = read_suite(found, through=through)
+    except RecipeError as error:
         raise RecipeError(f"{path.name}: extends: {error}") from error
     return {name: value for name, value in inherited.items() if name not in OWN} | fields
 

@@ -223,8 +223,8 @@ class Suite(Part):
         """The grid that a method's learning rates are picked from, by itself or by the method that it follows."""
         chooser = method if method.rate_of is None else self.method(method.rate_of)
         rates = chooser.learning_rates or task.learning_rates or self.learning_rates
-        own = self.recipe(task).training.head_learning_rate
-        heads = chooser.head_learning_rates or task.head_learning_rates or [own]
+        heads = chooser.head_learning_rates or task.head_learning_rates
+        heads = heads or [self.recipe(task).training.head_learning_rate]
         return [Rate(rate, head) for rate in rates for head in heads]
 
     def recipe(self, task: TaskPart) -> Recipe:

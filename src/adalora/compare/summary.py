@@ -56,6 +56,11 @@ class Line:
         return statistics.fmean(values) if values else float("nan")
 
     @property
+    def kept_pace(self) -> int:
+        """How many of the runs in `pace` had the baseline's final dev score in no more steps."""
+        return sum(mine is not None and mine <= theirs for mine, theirs in self.pace)
+
+    @property
     def deviation(self) -> float:
         """Standard deviation of the scores; NaN with fewer than two."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else float("nan")

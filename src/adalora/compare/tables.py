@@ -42,12 +42,12 @@ def _kept_pace(summary: Summary, method: str) -> str:
 
     Beside it the interval of the share, which holds a half for a method that is as good as the baseline.
     """
-    pairs = [pair for line in summary.lines if line.method == method for pair in line.pace]
-    if not pairs:
+    lines = [line for line in summary.lines if line.method == method]
+    kept, total = sum(line.kept_pace for line in lines), sum(len(line.pace) for line in lines)
+    if not total:
         return ""
-    kept = sum(mine is not None and mine <= theirs for mine, theirs in pairs)
-    low, high = share_interval(kept, len(pairs), confidence=summary.suite.confidence)
-    return f"{kept} of {len(pairs)} ({low:.0%} to {high:.0%})"
+    low, high = share_interval(kept, total, confidence=summary.suite.confidence)
+    return f"{kept} of {total} ({low:.0%} to {high:.0%})"
 
 
 def pace(line: Line) -> str:
