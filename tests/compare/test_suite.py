@@ -41,6 +41,20 @@ def test_a_start_is_a_multiple_of_each_budget(make_suite):
     assert [cell.recipe["adalora"]["target_rank"] for cell in cells] == [1, 3]
 
 
+def test_a_suite_s_start_is_that_of_the_methods_that_allocate_and_have_none(make_suite):
+    methods = [
+        "lora",
+        "ours",
+        {"name": "double", "base": "ours", "start": 2},
+        {"name": "five", "base": "ours", "lora": {"r": 5}},
+        "svd-lora",
+        "peft-adalora",
+    ]
+    suite = make_suite(methods=methods, budgets=[2], start=3)
+    cells = [cells_of_rate(suite, suite.tasks[0], 2, method, rate=Rate(0.1))[0] for method in suite.methods]
+    assert [cell.recipe["lora"]["r"] for cell in cells] == [2, 6, 4, 5, 2, 3]
+
+
 def test_rates_of_a_task_are_above_0(make_suite, recipe_file):
     with pytest.raises(RecipeError, match=r"0\.0 must be above 0"):
         make_suite(tasks=[{"recipe": str(recipe_file), "learning_rates": [0.0]}])

@@ -220,7 +220,7 @@ def make_cell(
         method.kind,
         rank=rank,
         alpha=alpha,
-        lora=method.lora_at(rank),
+        lora=suite.lora_of(method, rank),
         adalora=method.adalora,
         equal=suite.equal,
     )

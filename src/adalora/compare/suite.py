@@ -124,10 +124,6 @@ class MethodPart(Part):
         """Name of the known method."""
         return self.base or self.name
 
-    def lora_at(self, rank: int) -> dict[str, Any]:
-        """Fields of `LoraConfig` to change at a target rank."""
-        return self.lora if self.start is None else {**self.lora, "r": round(self.start * rank)}
-
 
 class Suite(Part):
     """A comparison.
@@ -142,6 +138,8 @@ class Suite(Part):
         tuning_seeds: Seeds that the learning rate is picked with, on the dev split, by their mean.
         seeds: Seeds of the test cells; the same for every method, so that they can be paired.
         steps: Optimizer steps, unless a task has its own.
+        start: Initial rank of the methods that allocate, as a multiple of the target rank, unless a method has its own;
+            by default the method's.
         budgets: Budgets as target ranks: a method gets the parameters of a LoRA of that rank.
         equal: What allocated adapters have in common with a LoRA of the target rank: `parameters`, so that preferring
             large layers buys nothing, or `rank`, the number of triplets.
@@ -160,6 +158,7 @@ class Suite(Part):
     tuning_seeds: list[int] = Field(default=[0], min_length=1)
     seeds: list[int] = Field(default=[1, 2, 3, 4, 5], min_length=1)
     steps: int | None = Field(default=None, ge=1)
+    start: float | None = Field(default=None, ge=1)
     budgets: list[int] = Field(default=[8], min_length=1)
     equal: Literal["parameters", "rank"] = "parameters"
     alpha_per_rank: float | None = Field(default=2.0, gt=0)
@@ -218,6 +217,13 @@ class Suite(Part):
     def method(self, name: str) -> MethodPart:
         """The method of that name."""
         return next(method for method in self.methods if method.name == name)
+
+    def lora_of(self, method: MethodPart, rank: int) -> dict[str, Any]:
+        """Fields of `LoraConfig` that a method changes at a target rank."""
+        start = method.start
+        if start is None and METHODS[method.kind].allocates and "r" not in method.lora:
+            start = self.start
+        return method.lora if start is None else {**method.lora, "r": round(start * rank)}
 
     def rates(self, task: TaskPart, method: MethodPart) -> list[Rate]:
         """The grid that a method's learning rates are picked from, by itself or by the method that it follows."""

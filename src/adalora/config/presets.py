@@ -46,8 +46,9 @@ def paper_initial_rank(target_rank: float) -> int:
 
 
 def initial_rank(target_rank: float) -> int:
-    """The rank to start with for a target: four times it while that is at most 16, and never less than 1.5 times it.
+    """The rank to start with for a target: twice it while that is at most 16, and never less than 1.5 times it.
 
-    At low target ranks breadth during the search is what pays (`docs/results.md`); at high ones it costs time.
+    Half of what is searched is kept: more breadth pays where a run is short for what it has to learn, and is training
+    thrown away elsewhere (`docs/results.md`); at high target ranks it costs time.
     """
-    return max(paper_initial_rank(target_rank), min(round(4 * target_rank), 16))
+    return max(paper_initial_rank(target_rank), min(round(2 * target_rank), 16))
