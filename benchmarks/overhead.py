@@ -26,7 +26,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from adalora.config import initial_rank
 from benchmarks import cuda
 from benchmarks.figure import draw
 from benchmarks.host import host
@@ -126,10 +125,9 @@ def parametrizations() -> dict[str, Any]:
 
 
 def starts() -> dict[str, Any]:
-    """The same whole run of ours from the default initial rank, at most 4 times the target, for each target rank."""
+    """The same whole run of ours from the suggested initial rank for 8, and from wider ones for small targets."""
     found = {}
-    for rank in (2, 4, 8):
-        start = initial_rank(rank)
+    for start, rank in ((8, 2), (16, 4), (16, 8)):
         lora = training("lora", MINILM, rank=rank)
         ours = training("ours", MINILM, rank=rank, initial=start, steps=60, allocation_interval=5)
         found[f"{start} to {rank}"] = ratios(interleaved({"lora": lora, "ours": ours}, steps=60, limit_s=120))["ours"]

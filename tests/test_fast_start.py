@@ -8,7 +8,7 @@ from torch import nn
 
 import adalora
 
-ALPHA, TARGET, INITIAL, RATE = 16, 8, 32, 1e-3
+ALPHA, TARGET, INITIAL, RATE = 16, 8, 16, 1e-3
 WIDTHS = [64, 256, 1024, 4096]
 
 

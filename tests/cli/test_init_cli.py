@@ -33,7 +33,7 @@ def test_a_recipe_for_a_file(answer):
     assert result.exit_code == 0, result.output
     assert "columns: tweet, label" in result.output
     recipe = load_recipe("mine.yaml")
-    assert (recipe.name, recipe.lora["r"], recipe.adalora.target_rank) == ("mine", 16, 4)
+    assert (recipe.name, recipe.lora["r"], recipe.adalora.target_rank) == ("mine", 8, 4)
     assert recipe.data.columns == {"text": "tweet"}
     assert recipe.data.test_fraction == 0.1
 
