@@ -116,6 +116,18 @@ def test_the_means_where_lora_is_trained_are_those_of_the_rows(fields_not_checke
     wide = suite.model_copy(update={"tasks": others, "baseline": "start of 4r"})
     gain, _ = summarize(wide, results).overall["ours"]
     assert f"ahead of the other by {gain.mean:.2f} % [{gain.low:+.2f}, {gain.high:+.2f}]" in page
+    gain = interval([dev_gains(line, found) for line in found.lines if line.method == "ours"])
+    assert f"dev split {gain.mean:.2f} % [{gain.low:+.2f}, {gain.high:+.2f}]" in page
+
+
+def dev_gains(line, summary):
+    """By which a method's last dev scores are above those of a start of 4r, in % of LoRA's mean, seed by seed."""
+    wide, lora = (
+        next(x for x in summary.lines if (x.task, x.budget, x.method) == (line.task, line.budget, method))
+        for method in ("start of 4r", "lora")
+    )
+    mine, theirs, base = ([x.tests[seed]["dev_curve"][-1][1] for seed in sorted(x.tests)] for x in (line, wide, lora))
+    return [100 * line.better * (a - b) * len(base) / sum(base) for a, b in zip(mine, theirs)]
 
 
 def test_how_many_runs_kept_pace_is_what_the_rows_say(fields_not_checked):
