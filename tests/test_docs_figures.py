@@ -78,6 +78,14 @@ def test_readme_repeats_the_tables_of_two_tasks(suite):
     assert len(rows) == 4
 
 
+def test_choosing_a_budget_tells_what_wider_starts_bring():
+    text = flowing("docs/choosing-a-budget.md")
+    for suite, told in (("small", "{1} from 8, {0} from 4, and {2} for LoRA"), ("heads", "have {1}, {0} and {2}")):
+        first = parts()[suite].split("\n### ")[1]
+        found = dict(re.findall(r"^\| ([^|]+) \| [\d,]+ \| [^|]+ \| ([\d.]+) ± ", first, re.MULTILINE))
+        assert told.format(*(f"{float(found[name]):.3f}" for name in ("ours", "start of 4r", "lora"))) in text
+
+
 def test_readme_repeats_the_table_of_tuned_methods():
     found = dict(re.findall(r"^\| (\S+) \| [\d,]+ \| [^|]+ \| ([\d.]+) ± ", parts()["rivals"], re.MULTILINE))
     ours, lora, theirs, chance = (f"{float(found[name]):.3f}" for name in ("ours", "lora", "peft-adalora", "random"))
