@@ -137,7 +137,7 @@ def test_a_field_that_only_the_models_code_knows_is_set_and_a_typing_error_is_na
 
 @pytest.mark.parametrize(
     ("lora", "adalora", "rank"),
-    [({}, {"target_rank": 2}, 8), ({}, {"target_rank": 20}, 30), ({"r": 5}, {"target_rank": 2}, 5), ({}, None, 12)],
+    [({}, {"target_rank": 2}, 4), ({}, {"target_rank": 20}, 30), ({"r": 5}, {"target_rank": 2}, 5), ({}, None, 12)],
 )
 def test_the_rank_to_start_with_follows_the_target(tmp_path, lora, adalora, rank):
     part = {"target_modules": "all-linear", **lora}
