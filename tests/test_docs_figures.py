@@ -84,6 +84,7 @@ def test_choosing_a_budget_tells_what_wider_starts_bring():
         first = parts()[suite].split("\n### ")[1]
         found = dict(re.findall(r"^\| ([^|]+) \| [\d,]+ \| [^|]+ \| ([\d.]+) ± ", first, re.MULTILINE))
         assert told.format(*(f"{float(found[name]):.3f}" for name in ("ours", "start of 4r", "lora"))) in text
+        assert suite == "heads" or f"{float(found['start of 4r']):.3f} with `r` 4 × the target" in flowing("README.md")
 
 
 def test_readme_repeats_the_table_of_tuned_methods():
