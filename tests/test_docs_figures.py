@@ -78,24 +78,30 @@ def test_readme_repeats_the_tables_of_two_tasks(suite):
     assert len(rows) == 4
 
 
+def scores(suite):
+    """Of a suite's first table, by method."""
+    table = parts()[suite].split("\n### ")[1]
+    rows = re.findall(r"^\| ([^|]+) \| [\d,]+ \| [^|]+ \| ([\d.]+) ± ", table, re.MULTILINE)
+    return {method: float(score) for method, score in rows}
+
+
 def test_choosing_a_budget_tells_what_wider_starts_bring():
     text = flowing("docs/choosing-a-budget.md")
-    for suite, told in (("small", "{1} from 8, {0} from 4, and {2} for LoRA"), ("heads", "have {1}, {0} and {2}")):
-        first = parts()[suite].split("\n### ")[1]
-        found = dict(re.findall(r"^\| ([^|]+) \| [\d,]+ \| [^|]+ \| ([\d.]+) ± ", first, re.MULTILINE))
-        assert told.format(*(f"{float(found[name]):.3f}" for name in ("ours", "start of 4r", "lora"))) in text
-        assert suite == "heads" or f"{float(found['start of 4r']):.3f} with `r` 4 × the target" in flowing("README.md")
+    one, two = ([scores(suite)[name] for name in ("start of 4r", "ours", "lora")] for suite in ("small", "heads"))
+    assert "{:.3f} from 8, {:.3f} from 4, and {:.3f} for LoRA".format(*one) in text
+    assert "have {:.3f}, {:.3f} and {:.3f}".format(*two) in text
+    assert f"{one[0]:.3f} with `r` 4 × the target" in flowing("README.md")
 
 
 def test_readme_repeats_the_table_of_tuned_methods():
-    found = dict(re.findall(r"^\| (\S+) \| [\d,]+ \| [^|]+ \| ([\d.]+) ± ", parts()["rivals"], re.MULTILINE))
+    found = {name: score for name, score in scores("rivals").items() if "4r" not in name}
     names = ("full", "ours", "eva", "lora", "peft-adalora", "random")
     told = (
         "full fine-tuning {}, the default {}, EVA {}, LoRA {}, PEFT's AdaLoRA {} with more parameters, "
         "random allocation {}"
     )
-    assert told.format(*(f"{float(found[name]):.3f}" for name in names)) in flowing("README.md")
-    assert sorted(found, key=lambda name: -float(found[name]))[:3] == ["full", "ours", "eva"]
+    assert told.format(*(f"{found[name]:.3f}" for name in names)) in flowing("README.md")
+    assert sorted(found, key=lambda name: -found[name])[:3] == ["full", "ours", "eva"]
 
 
 def test_readme_repeats_the_mean_of_the_suite_core():
@@ -128,18 +134,20 @@ def test_the_means_where_lora_is_trained_are_those_of_the_rows(fields_not_checke
     wide = suite.model_copy(update={"tasks": others, "baseline": "start of 4r"})
     gain, _ = summarize(wide, results).overall["ours"]
     assert f"ahead of the other by {gain.mean:.2f} % [{gain.low:+.2f}, {gain.high:+.2f}]" in page
-    gain = interval([dev_gains(line, found) for line in found.lines if line.method == "ours"])
+    lines = by_name(found)
+    gain = interval([dev_gains(lines, *key[:2]) for key in lines if key[2] == "ours"])
     assert f"dev split {gain.mean:.2f} % [{gain.low:+.2f}, {gain.high:+.2f}]" in page
 
 
-def dev_gains(line, summary):
-    """By which a method's last dev scores are above those of a start of 4r, in % of LoRA's mean, seed by seed."""
-    wide, lora = (
-        next(x for x in summary.lines if (x.task, x.budget, x.method) == (line.task, line.budget, method))
-        for method in ("start of 4r", "lora")
-    )
-    mine, theirs, base = ([x.tests[seed]["dev_curve"][-1][1] for seed in sorted(x.tests)] for x in (line, wide, lora))
-    return [100 * line.better * (a - b) * len(base) / sum(base) for a, b in zip(mine, theirs)]
+def by_name(summary):
+    return {(line.task, line.budget, line.method): line for line in summary.lines}
+
+
+def dev_gains(lines, task, budget):
+    """By which the default's last dev scores are above those of a start of 4r, in % of LoRA's mean, seed by seed."""
+    found = [lines[task, budget, method] for method in ("ours", "start of 4r", "lora")]
+    mine, theirs, base = ([line.tests[seed]["dev_curve"][-1][1] for seed in sorted(line.tests)] for line in found)
+    return [100 * found[0].better * (a - b) * len(base) / sum(base) for a, b in zip(mine, theirs)]
 
 
 def test_how_many_runs_kept_pace_is_what_the_rows_say(fields_not_checked):
@@ -160,7 +168,7 @@ def test_how_many_runs_kept_pace_is_what_the_rows_say(fields_not_checked):
 
 
 def test_the_first_hundred_steps_are_told_as_the_rows_have_them(fields_not_checked):
-    lines = {(line.task, line.budget, line.method): line for line in summarize(*of_the_file("core")).lines}
+    lines = by_name(summarize(*of_the_file("core")))
 
     def lead(task, budget, step):
         """Of the default in the dev score, over the seeds."""

@@ -220,8 +220,9 @@ def make_cell(
         method.kind,
         rank=rank,
         alpha=alpha,
-        lora=suite.lora_of(method, rank),
+        lora=method.lora,
         adalora=method.adalora,
+        start=method.start or suite.start,
         equal=suite.equal,
     )
     fields = recipe.to_dict()

@@ -89,6 +89,7 @@ def configure(
     alpha: float | None = None,
     lora: dict[str, Any] | None = None,
     adalora: dict[str, Any] | None = None,
+    start: float | None = None,
     equal: Literal["parameters", "rank"] = "parameters",
 ) -> Recipe:
     """A recipe as one method trains it.
@@ -100,18 +101,19 @@ def configure(
         alpha: `lora_alpha`; by default the recipe's.
         lora: Further fields of LoraConfig.
         adalora: Further fields of AdaLoraConfig.
+        start: Initial rank as a multiple of the target rank, for a method that allocates; by default the method's.
         equal: What an allocated adapter has in common with a LoRA of the target rank.
     """
     method = METHODS[kind]
     fields = recipe.to_dict()
-    start = method.initial(rank)
-    fields["lora"] = {**fields["lora"], "r": start, **method.lora, **(lora or {})}
+    initial = method.initial(rank) if start is None or not method.allocates else round(start * rank)
+    fields["lora"] = {**fields["lora"], "r": initial, **method.lora, **(lora or {})}
     if alpha is not None:
         fields["lora"]["lora_alpha"] = int(alpha) if float(alpha).is_integer() else alpha
     fields["training"] |= method.training
     fields["adalora"] = None
     if method.adalora is not None:
-        cost = {"budget_cost": equal} if start > rank else {}  # nothing is allocated otherwise
+        cost = {"budget_cost": equal} if method.allocates else {}
         fields["adalora"] = {**cost, "target_rank": rank, **method.adalora, **(adalora or {})}
     return Recipe.parse(fields, where=recipe.name)
 

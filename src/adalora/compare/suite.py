@@ -218,13 +218,6 @@ class Suite(Part):
         """The method of that name."""
         return next(method for method in self.methods if method.name == name)
 
-    def lora_of(self, method: MethodPart, rank: int) -> dict[str, Any]:
-        """Fields of `LoraConfig` that a method changes at a target rank."""
-        start = method.start
-        if start is None and METHODS[method.kind].allocates and "r" not in method.lora:
-            start = self.start
-        return method.lora if start is None else {**method.lora, "r": round(start * rank)}
-
     def rates(self, task: TaskPart, method: MethodPart) -> list[Rate]:
         """The grid that a method's learning rates are picked from, by itself or by the method that it follows."""
         chooser = method if method.rate_of is None else self.method(method.rate_of)
